@@ -1,0 +1,202 @@
+//! The commands that have the engine behind them.
+
+use super::exit::Exit;
+use super::output::{Format, Output};
+use super::plan::{AgentPlan, LogFormat, MovePlan};
+use crate::agent;
+use crate::api::{Canceller, Migration, MigrationError};
+use crate::migration::MigrationId;
+use crate::migration::event::Side;
+use crate::migration::report::{Outcome, Report, Tracker};
+use crate::recover::{End, recover};
+use crate::source::guard;
+use crate::source::tracker::TrackerKind;
+use crate::target::stdio;
+use anyhow::Context;
+use std::ffi::OsString;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+/// `migrate --to HOST:PORT CONTAINER`
+pub fn move_container(plan: &MovePlan) -> anyhow::Result<ExitCode> {
+    log_to_stderr(LogFormat::Human, "warn");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(async {
+        let mut migration = migration(plan);
+        let mut events = migration.events();
+        let canceller = migration.canceller();
+        tokio::spawn(cancel_on_signal(canceller));
+        let format = match (plan.json, std::io::stdout().is_terminal()) {
+            (true, _) => Format::Json,
+            (false, true) => Format::Terminal {
+                width: terminal_width(),
+            },
+            (false, false) => Format::Lines,
+        };
+        let shown = tokio::spawn(async move {
+            let mut output = Output::new(std::io::stdout(), format);
+            while let Some(event) = events.recv().await {
+                // A reader that went away must not stop a migration half way.
+                let _ = output.event(&event);
+            }
+        });
+        let result = migration.run().await;
+        let _ = shown.await;
+        match result {
+            Ok(report) => {
+                finish(plan, &report)?;
+                Ok(Exit::of(&report.outcome).into())
+            }
+            Err(MigrationError::NotBegun(error)) if error.is_refusal() => {
+                eprintln!("migrate: {error}");
+                Ok(Exit::Refused.into())
+            }
+            Err(error) => Err(error.into()),
+        }
+    })
+}
+
+fn finish(plan: &MovePlan, report: &Report) -> anyhow::Result<()> {
+    if let Some(path) = &plan.report {
+        let json = serde_json::to_vec_pretty(report)?;
+        std::fs::write(path, json)
+            .with_context(|| format!("cannot write the report to {}", path.display()))?;
+    }
+    let complaint = match &report.outcome {
+        Outcome::Moved | Outcome::WouldMove => return Ok(()),
+        Outcome::Refused { reasons } => reasons.join("\nmigrate: "),
+        Outcome::RolledBack { reason, .. } => {
+            format!("rolled back, {} goes on here: {reason}", report.container)
+        }
+        Outcome::Unknown { reason } => format!(
+            "unknown whether {} moved, it stays frozen here: {reason}; find out with: migrate recover --state-dir {}",
+            report.container,
+            plan.state_dir.display()
+        ),
+    };
+    eprintln!("migrate: {complaint}");
+    Ok(())
+}
+
+fn migration(plan: &MovePlan) -> Migration {
+    let mut migration = Migration::new(plan.container.clone(), plan.to.clone())
+        .runtime_root(&plan.runtime_root)
+        .state_dir(&plan.state_dir)
+        .max_rounds(plan.limits.max_rounds)
+        .downtime_limit(plan.limits.downtime)
+        .timeout(plan.limits.timeout)
+        .compression(plan.compression)
+        .dry_run(plan.dry_run)
+        .rootfs(plan.rootfs);
+    if let Some(bandwidth) = plan.bandwidth {
+        migration = migration.bandwidth_limit(bandwidth.0);
+    }
+    match plan.tracker {
+        Some(Tracker::UffdWp) => migration.tracker(TrackerKind::UffdWp),
+        Some(Tracker::SoftDirty) => migration.tracker(TrackerKind::SoftDirty),
+        None => migration,
+    }
+}
+
+async fn cancel_on_signal(canceller: Canceller) -> std::io::Result<()> {
+    let (mut int, mut term) = (
+        signal(SignalKind::interrupt())?,
+        signal(SignalKind::terminate())?,
+    );
+    tokio::select! {
+        _ = int.recv() => {}
+        _ = term.recv() => {}
+    }
+    eprintln!("migrate: stopping; the container goes on here");
+    canceller.cancel();
+    Ok(())
+}
+
+/// `migrate agent`
+pub fn run_agent(plan: &AgentPlan) -> anyhow::Result<ExitCode> {
+    log_to_stderr(plan.log, "info");
+    let plan = agent::AgentPlan {
+        listen: plan.listen,
+        state_dir: plan.state_dir.clone(),
+        runtime_root: plan.runtime_root.clone(),
+        program: std::env::current_exe().context("cannot tell which program this is")?,
+    };
+    agent::run(&plan)?;
+    Ok(Exit::Done.into())
+}
+
+/// `migrate recover`
+pub fn recover_all(state_dir: &Path, out: &mut impl Write) -> anyhow::Result<ExitCode> {
+    log_to_stderr(LogFormat::Human, "warn");
+    let mut exit = Exit::Done;
+    let findings = recover(state_dir)?;
+    if findings.is_empty() {
+        writeln!(out, "nothing to recover")?;
+    }
+    for finding in findings {
+        let side = match finding.side {
+            Side::Source => "from here",
+            Side::Target => "to here",
+        };
+        let end = match finding.end {
+            End::Moved => "the container lives at the target".to_string(),
+            End::RolledBack => "rolled back, the container lives at the source".to_string(),
+            End::Running => "still running, left alone".to_string(),
+            End::Unknown(reason) => {
+                exit = Exit::Unknown;
+                format!("unknown, the container stays frozen: {reason}")
+            }
+            End::Stuck(reason) => {
+                if exit != Exit::Unknown {
+                    exit = Exit::Internal;
+                }
+                reason
+            }
+        };
+        writeln!(out, "{} {side}: {end}", finding.migration)?;
+    }
+    Ok(exit.into())
+}
+
+/// `migrate guard STATE_DIR MIGRATION`
+pub fn run_guard(arguments: &[OsString]) -> anyhow::Result<ExitCode> {
+    log_to_stderr(LogFormat::Human, "warn");
+    let [state_dir, migration] = arguments else {
+        anyhow::bail!("migrate guard is started by a migration");
+    };
+    let migration: MigrationId = migration.to_string_lossy().parse()?;
+    guard::watch(Path::new(state_dir), migration);
+    Ok(Exit::Done.into())
+}
+
+/// `migrate stdio LOG`
+pub fn run_stdio(arguments: &[OsString]) -> anyhow::Result<ExitCode> {
+    let [log] = arguments else {
+        anyhow::bail!("migrate stdio is started by the agent");
+    };
+    stdio::log(&PathBuf::from(log))?;
+    Ok(Exit::Done.into())
+}
+
+/// `MIGRATE_LOG` decides what is logged, in the syntax of tracing's `EnvFilter`.
+fn log_to_stderr(format: LogFormat, level: &str) {
+    let filter = EnvFilter::try_from_env("MIGRATE_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Human => log.with_ansi(std::io::stderr().is_terminal()).init(),
+        LogFormat::Json => log.json().init(),
+    }
+}
+
+fn terminal_width() -> usize {
+    let size = rustix::termios::tcgetwinsize(std::io::stdout());
+    size.map_or(80, |size| usize::from(size.ws_col)).max(20)
+}

@@ -1,0 +1,65 @@
+//! How the program ends: one number for each thing a script may want to tell apart.
+
+use std::process::ExitCode;
+
+use crate::migration::report::Outcome;
+
+/// An exit code. The numbers are part of the interface; the README lists them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Exit {
+    /// The container runs at the target; or the command did what it was asked.
+    Done = 0,
+    /// The engine itself failed: an error that is none of the others. Nothing moved.
+    Internal = 1,
+    /// The command line is wrong. Nothing was touched.
+    Usage = 2,
+    /// Preflight refused. Nothing was touched.
+    Refused = 3,
+    /// The migration failed before it was decided; the container goes on at the source.
+    RolledBack = 4,
+    /// The target's answer to commit is missing; the container is frozen at the source. `migrate recover` finds out.
+    Unknown = 5,
+}
+
+impl Exit {
+    /// The code for the way a migration ended.
+    pub fn of(outcome: &Outcome) -> Exit {
+        match outcome {
+            Outcome::Moved | Outcome::WouldMove => Exit::Done,
+            Outcome::Refused { .. } => Exit::Refused,
+            Outcome::RolledBack { .. } => Exit::RolledBack,
+            Outcome::Unknown { .. } => Exit::Unknown,
+        }
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> ExitCode {
+        ExitCode::from(exit as u8)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_outcome_has_the_code_that_is_documented() {
+        let said = String::new;
+        for (outcome, code) in [
+            (Outcome::Moved, 0),
+            (Outcome::WouldMove, 0),
+            (Outcome::Refused { reasons: vec![] }, 3),
+            (
+                Outcome::RolledBack {
+                    during: said(),
+                    reason: said(),
+                },
+                4,
+            ),
+            (Outcome::Unknown { reason: said() }, 5),
+        ] {
+            assert_eq!(Exit::of(&outcome) as u8, code, "{outcome:?}");
+        }
+    }
+}

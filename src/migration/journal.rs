@@ -1,0 +1,509 @@
+//! What a journal holds, and what it means to recovery. The file itself is [`crate::journal`]'s.
+//!
+//! A journal is the list of [`Record`]s of one migration at one end, oldest first. [`fold`] reads it into
+//! what recovery needs: who and where, what may be left over, and the record the handover tables go on from.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::handoff::source::SourceRecord;
+use super::handoff::target::TargetRecord;
+use super::{ContainerId, JournalId, MigrationId, PeerAddress};
+
+/// One line of a journal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "record", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Record {
+    /// First record at the source.
+    SourceOpened(SourceOpened),
+    /// First record at the target.
+    TargetOpened(TargetOpened),
+    /// Something is about to be made that recovery has to remove. Written before it is made.
+    Leftover(Leftover),
+    /// Source: the rights to the outcome go to the target. Written before commit is sent.
+    Deciding {
+        /// The journal that holds the target's `prepared`.
+        target_journal: JournalId,
+    },
+    /// Target: the copy is whole and held. Written before the source is told.
+    Prepared,
+    /// Target: the copy may run. Source: the copy runs, what is frozen here must die.
+    Committed,
+    /// Target: the copy runs.
+    Released,
+    /// Target: there is no copy and never will be.
+    Aborted,
+    /// Source: the container goes on here.
+    RolledBack,
+    /// Source: committed, and nothing is left of it here.
+    Closed,
+}
+
+/// Who moves, from here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceOpened {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The container.
+    pub container: ContainerId,
+    /// The runtime's state directory (`runc --root`).
+    pub runtime_root: PathBuf,
+    /// The container's bundle.
+    pub bundle: PathBuf,
+    /// The container's first process: a container of the same name with another one is not this one.
+    pub init: ProcessName,
+    /// The cgroup that freezes it.
+    pub freezer: Freezer,
+    /// Where the target listens.
+    pub peer: PeerAddress,
+    /// The target's certificate, SHA-256 in hex, and the name the trust store has for it.
+    pub peer_fingerprint: String,
+    /// The target's name in the trust store.
+    pub peer_name: String,
+    /// Directory of images, sockets and logs of this migration.
+    pub work_dir: PathBuf,
+    /// `/proc/sys/kernel/random/boot_id` when it began: after a restart nothing frozen is left.
+    pub boot_id: String,
+}
+
+/// Who arrives, here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TargetOpened {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The container.
+    pub container: ContainerId,
+    /// The runtime's state directory (`runc --root`).
+    pub runtime_root: PathBuf,
+    /// The container's bundle here.
+    pub bundle: PathBuf,
+    /// The source's certificate, SHA-256 in hex. Only it may ask for the outcome.
+    pub peer_fingerprint: String,
+    /// The source's name in the trust store.
+    pub peer_name: String,
+    /// Directory of page stores, images, sockets, the hook's mark and logs of this migration.
+    pub work_dir: PathBuf,
+    /// `/proc/sys/kernel/random/boot_id` when it began: after a restart no copy is left, whether it ran or not.
+    pub boot_id: String,
+}
+
+/// One process for ever: a pid alone is used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProcessName {
+    /// Process id in the agent's pid namespace.
+    pub pid: i32,
+    /// Start time in clock ticks since boot (field 22 of `/proc/PID/stat`).
+    pub start_time: u64,
+}
+
+/// The cgroup whose freezer stops the container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "version", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Freezer {
+    /// The `freezer` controller of cgroup v1: `freezer.state`.
+    V1 {
+        /// The cgroup's directory.
+        path: PathBuf,
+    },
+    /// The unified hierarchy: `cgroup.freeze`.
+    V2 {
+        /// The cgroup's directory.
+        path: PathBuf,
+    },
+}
+
+/// A thing that outlives a dead agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Leftover {
+    /// An nftables table with the rules of CRIU's network lock (`inet CRIU-<id>`), in the container's network
+    /// namespace.
+    NftTable {
+        /// Family and name.
+        table: String,
+        /// A path to the network namespace.
+        netns: PathBuf,
+    },
+    /// A mount.
+    Mount {
+        /// Its mount point.
+        path: PathBuf,
+    },
+    /// A file or directory below the state directory or the bundle.
+    Path {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A cgroup.
+    Cgroup {
+        /// Its directory.
+        path: PathBuf,
+    },
+    /// A process we started: CRIU, runc, pager or guard.
+    Process {
+        /// What it is, for the log.
+        what: String,
+        /// Which process.
+        process: ProcessName,
+    },
+}
+
+/// What recovery knows after reading a journal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Recovered {
+    /// The container was leaving here.
+    Source(RecoveredSource),
+    /// The container was coming here.
+    Target(RecoveredTarget),
+}
+
+/// A migration away from here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecoveredSource {
+    /// Who and where.
+    pub opened: SourceOpened,
+    /// What may be left, oldest first.
+    pub leftovers: Vec<Leftover>,
+    /// Where the handover stood.
+    pub last: SourceRecord,
+    /// The journal that holds the target's `prepared`, if it came to deciding.
+    pub target_journal: Option<JournalId>,
+}
+
+/// A migration to here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecoveredTarget {
+    /// Who and where.
+    pub opened: TargetOpened,
+    /// What may be left, oldest first.
+    pub leftovers: Vec<Leftover>,
+    /// Where the handover stood.
+    pub last: TargetRecord,
+}
+
+/// A list of records no engine wrote.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FoldError {
+    /// The journal is empty.
+    #[error("the journal has no records")]
+    Empty,
+    /// The first record does not say who migrates.
+    #[error("the journal begins with {first}, not with an opening record")]
+    NotOpened {
+        /// The name of the record found.
+        first: &'static str,
+    },
+    /// A record that cannot follow the ones before it.
+    #[error("record {line}, {record}, cannot follow {after}")]
+    OutOfOrder {
+        /// Its number, from 1.
+        line: usize,
+        /// Its name.
+        record: &'static str,
+        /// Where the handover stood before it.
+        after: String,
+    },
+}
+
+/// Reads the records of one journal into what recovery needs.
+///
+/// # Errors
+/// If the records are none that an engine writes in this order. Recovery then leaves the migration alone and says so.
+pub fn fold(records: &[Record]) -> Result<Recovered, FoldError> {
+    let (first, rest) = records.split_first().ok_or(FoldError::Empty)?;
+    match first {
+        Record::SourceOpened(opened) => fold_source(opened, rest).map(Recovered::Source),
+        Record::TargetOpened(opened) => fold_target(opened, rest).map(Recovered::Target),
+        other => Err(FoldError::NotOpened {
+            first: other.name(),
+        }),
+    }
+}
+
+fn fold_source(opened: &SourceOpened, rest: &[Record]) -> Result<RecoveredSource, FoldError> {
+    let mut found = RecoveredSource {
+        opened: opened.clone(),
+        leftovers: Vec::new(),
+        last: SourceRecord::Opened,
+        target_journal: None,
+    };
+    for (index, record) in rest.iter().enumerate() {
+        found.last = match (found.last, record) {
+            (last, Record::Leftover(leftover)) => {
+                found.leftovers.push(leftover.clone());
+                last
+            }
+            (SourceRecord::Opened, Record::Deciding { target_journal }) => {
+                found.target_journal = Some(*target_journal);
+                SourceRecord::Deciding
+            }
+            (SourceRecord::Deciding | SourceRecord::Committed, Record::Committed) => {
+                SourceRecord::Committed
+            }
+            (
+                SourceRecord::Opened | SourceRecord::Deciding | SourceRecord::RolledBack,
+                Record::RolledBack,
+            ) => SourceRecord::RolledBack,
+            // Closing may be all that is recorded if writing `committed` failed.
+            (
+                SourceRecord::Deciding | SourceRecord::Committed | SourceRecord::Closed,
+                Record::Closed,
+            ) => SourceRecord::Closed,
+            (last, record) => return Err(out_of_order(index, record, last)),
+        };
+    }
+    Ok(found)
+}
+
+fn fold_target(opened: &TargetOpened, rest: &[Record]) -> Result<RecoveredTarget, FoldError> {
+    let mut found = RecoveredTarget {
+        opened: opened.clone(),
+        leftovers: Vec::new(),
+        last: TargetRecord::Opened,
+    };
+    for (index, record) in rest.iter().enumerate() {
+        found.last = match (found.last, record) {
+            (last, Record::Leftover(leftover)) => {
+                found.leftovers.push(leftover.clone());
+                last
+            }
+            (TargetRecord::Opened, Record::Prepared) => TargetRecord::Prepared,
+            (TargetRecord::Prepared, Record::Committed) => TargetRecord::Committed,
+            (TargetRecord::Committed | TargetRecord::Released, Record::Released) => {
+                TargetRecord::Released
+            }
+            // Also after `committed`: a release that failed before anything ran is taken back.
+            (last, Record::Aborted) if last != TargetRecord::Released => TargetRecord::Aborted,
+            (last, record) => return Err(out_of_order(index, record, last)),
+        };
+    }
+    Ok(found)
+}
+
+fn out_of_order(index: usize, record: &Record, after: impl std::fmt::Debug) -> FoldError {
+    // The opening record is line 1 and is not in the slice.
+    FoldError::OutOfOrder {
+        line: index + 2,
+        record: record.name(),
+        after: format!("{after:?}"),
+    }
+}
+
+impl Record {
+    fn name(&self) -> &'static str {
+        match self {
+            Record::SourceOpened(_) => "source_opened",
+            Record::TargetOpened(_) => "target_opened",
+            Record::Leftover(_) => "leftover",
+            Record::Deciding { .. } => "deciding",
+            Record::Prepared => "prepared",
+            Record::Committed => "committed",
+            Record::Released => "released",
+            Record::Aborted => "aborted",
+            Record::RolledBack => "rolled_back",
+            Record::Closed => "closed",
+        }
+    }
+}
+
+/// Records for the tests of this room and of those that read journals.
+#[cfg(test)]
+pub(crate) mod examples {
+    use super::*;
+
+    pub(crate) fn source_opened() -> Record {
+        Record::SourceOpened(SourceOpened {
+            migration: MigrationId::from_bytes([7; 16]),
+            container: "web".parse().expect("a container id"),
+            runtime_root: "/run/runc".into(),
+            bundle: "/srv/web".into(),
+            init: ProcessName {
+                pid: 4242,
+                start_time: 99,
+            },
+            freezer: Freezer::V1 {
+                path: "/sys/fs/cgroup/freezer/web".into(),
+            },
+            peer: "10.0.0.2:7070".parse().expect("an address"),
+            peer_fingerprint: "ab".repeat(32),
+            peer_name: "host-b".into(),
+            work_dir: "/var/lib/migrate/work/07".into(),
+            boot_id: "5cb1b6a5-0000-4000-8000-000000000000".into(),
+        })
+    }
+
+    pub(crate) fn target_opened() -> Record {
+        Record::TargetOpened(TargetOpened {
+            migration: MigrationId::from_bytes([7; 16]),
+            container: "web".parse().expect("a container id"),
+            runtime_root: "/run/runc".into(),
+            bundle: "/var/lib/migrate/bundles/web".into(),
+            peer_fingerprint: "cd".repeat(32),
+            peer_name: "host-a".into(),
+            work_dir: "/var/lib/migrate/work/07".into(),
+            boot_id: "5cb1b6a5-0000-4000-8000-000000000000".into(),
+        })
+    }
+
+    pub(crate) fn deciding() -> Record {
+        Record::Deciding {
+            target_journal: JournalId::from_bytes([9; 16]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::examples::{deciding, source_opened, target_opened};
+    use super::*;
+
+    fn leftover() -> Record {
+        Record::Leftover(Leftover::Mount {
+            path: "/run/migrate/07".into(),
+        })
+    }
+
+    fn last_source(records: &[Record]) -> SourceRecord {
+        match fold(records) {
+            Ok(Recovered::Source(found)) => found.last,
+            other => panic!("not a source's journal: {other:?}"),
+        }
+    }
+
+    fn last_target(records: &[Record]) -> TargetRecord {
+        match fold(records) {
+            Ok(Recovered::Target(found)) => found.last,
+            other => panic!("not a target's journal: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn every_prefix_of_a_committed_migration_says_where_it_stood() {
+        let source = [
+            source_opened(),
+            leftover(),
+            deciding(),
+            Record::Committed,
+            Record::Closed,
+        ];
+        let stood = [
+            SourceRecord::Opened,
+            SourceRecord::Opened,
+            SourceRecord::Deciding,
+            SourceRecord::Committed,
+            SourceRecord::Closed,
+        ];
+        for (count, expected) in (1..).zip(stood) {
+            assert_eq!(last_source(&source[..count]), expected);
+        }
+        let target = [
+            target_opened(),
+            Record::Prepared,
+            Record::Committed,
+            leftover(),
+            Record::Released,
+        ];
+        let stood = [
+            TargetRecord::Opened,
+            TargetRecord::Prepared,
+            TargetRecord::Committed,
+            TargetRecord::Committed,
+            TargetRecord::Released,
+        ];
+        for (count, expected) in (1..).zip(stood) {
+            assert_eq!(last_target(&target[..count]), expected);
+        }
+    }
+
+    #[test]
+    fn leftovers_and_the_targets_journal_are_kept() {
+        let Ok(Recovered::Source(found)) = fold(&[source_opened(), leftover(), deciding()]) else {
+            panic!("a good journal was refused");
+        };
+        assert_eq!(
+            found.leftovers,
+            [Leftover::Mount {
+                path: "/run/migrate/07".into()
+            }]
+        );
+        assert_eq!(found.target_journal, Some(JournalId::from_bytes([9; 16])));
+    }
+
+    #[test]
+    fn a_release_that_failed_is_taken_back_but_one_that_ran_is_not() {
+        let taken_back = [
+            target_opened(),
+            Record::Prepared,
+            Record::Committed,
+            Record::Aborted,
+        ];
+        assert_eq!(last_target(&taken_back), TargetRecord::Aborted);
+        let ran = [
+            target_opened(),
+            Record::Prepared,
+            Record::Committed,
+            Record::Released,
+            Record::Aborted,
+        ];
+        assert!(matches!(
+            fold(&ran),
+            Err(FoldError::OutOfOrder {
+                line: 5,
+                record: "aborted",
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn a_record_of_the_other_end_or_out_of_order_is_refused() {
+        assert_eq!(fold(&[]), Err(FoldError::Empty));
+        assert_eq!(
+            fold(&[Record::Prepared]),
+            Err(FoldError::NotOpened { first: "prepared" })
+        );
+        for bad in [
+            vec![source_opened(), Record::Prepared],
+            vec![source_opened(), Record::Committed],
+            vec![
+                source_opened(),
+                deciding(),
+                Record::Committed,
+                Record::RolledBack,
+            ],
+            vec![source_opened(), source_opened()],
+            vec![target_opened(), deciding()],
+            vec![target_opened(), Record::Committed],
+            vec![
+                target_opened(),
+                Record::Prepared,
+                Record::Aborted,
+                Record::Committed,
+            ],
+        ] {
+            assert!(
+                matches!(fold(&bad), Err(FoldError::OutOfOrder { .. })),
+                "{bad:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_record_survives_being_written_and_read() {
+        for record in [
+            source_opened(),
+            target_opened(),
+            leftover(),
+            deciding(),
+            Record::Prepared,
+            Record::RolledBack,
+        ] {
+            let line = serde_json::to_string(&record).expect("serializable");
+            assert_eq!(serde_json::from_str::<Record>(&line).expect(&line), record);
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! What a migration reports when it is over: `--report FILE` and the last event of the stream.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::convergence::FreezeReason;
+use super::millis;
+use super::phase::Downtime;
+use super::{ContainerId, MigrationId};
+
+/// One migration, from its start to its outcome. Times are as the source's clock saw them unless said otherwise.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The container.
+    pub container: ContainerId,
+    /// The target as it was named, `host:port`.
+    pub target: String,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// The tracker that found dirty pages; `None` if it never came to that.
+    pub tracker: Option<Tracker>,
+    /// From the start until the outcome was known.
+    #[serde(rename = "total_ms", with = "millis")]
+    pub total: Duration,
+    /// The rounds in order; the delta is not among them.
+    pub rounds: Vec<RoundReport>,
+    /// Why the rounds ended; `None` if they did not end by decision.
+    pub rounds_ended: Option<FreezeReason>,
+    /// The last pages, sent while the container was frozen.
+    pub delta: Option<RoundReport>,
+    /// What was sent, all together.
+    pub sent: Sent,
+    /// Bytes of the container's memory that were present at the freeze (or at the last scan, if it never froze).
+    pub memory_bytes: u64,
+    /// How long the container stood still, by parts; `None` if it was never frozen.
+    pub downtime: Option<Downtime>,
+    /// From the release at the target until its last page was filled in; `None` if not known.
+    #[serde(rename = "fill_after_release_ms", with = "millis::option")]
+    pub fill_after_release: Option<Duration>,
+    /// How CRIU dumped: skeleton only, or everything because the skeleton trick does not work here.
+    pub dump: Option<DumpKind>,
+}
+
+/// How a migration ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "result", rename_all = "snake_case")]
+pub enum Outcome {
+    /// The container runs at the target.
+    Moved,
+    /// Preflight said no; nothing was touched.
+    Refused {
+        /// One line for each finding.
+        reasons: Vec<String>,
+    },
+    /// `--dry-run`: preflight said yes at both ends; nothing was touched.
+    WouldMove,
+    /// The container goes on at the source.
+    RolledBack {
+        /// The state the handover was in.
+        during: String,
+        /// What happened, one line.
+        reason: String,
+    },
+    /// The target's word is missing; the container is frozen at the source.
+    Unknown {
+        /// What happened, one line.
+        reason: String,
+    },
+}
+
+/// How dirty pages were found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tracker {
+    /// `/proc/PID/clear_refs` and bit 55 of pagemap.
+    SoftDirty,
+    /// userfaultfd write protection, asynchronous, with `PAGEMAP_SCAN`.
+    UffdWp,
+}
+
+/// What CRIU wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DumpKind {
+    /// Everything but the pages.
+    Skeleton,
+    /// The pages too.
+    Full,
+}
+
+/// One round, or the delta.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RoundReport {
+    /// Its number, from 1; the delta has the number after the last round.
+    pub round: u32,
+    /// What was sent.
+    #[serde(flatten)]
+    pub sent: Sent,
+    /// How long it took.
+    #[serde(rename = "duration_ms", with = "millis")]
+    pub duration: Duration,
+    /// Pages the scan after it found dirty; 0 for the delta, after which nothing runs.
+    pub pages_dirty: u64,
+    /// Pages a second the container dirtied meanwhile.
+    pub dirty_rate: f64,
+    /// Pages a second sent in the latest rounds; `None` if not known yet.
+    pub throughput: Option<f64>,
+    /// The downtime to expect had it been frozen right after.
+    #[serde(rename = "expected_downtime_ms", with = "millis::option")]
+    pub expected_downtime: Option<Duration>,
+}
+
+/// Pages and bytes. `pages` is the sum of the three kinds below it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sent {
+    /// Pages read.
+    pub pages: u64,
+    /// Of those, sent with their content.
+    pub data_pages: u64,
+    /// Of those, all zero: sent as a mark.
+    pub zero_pages: u64,
+    /// Of those, left out because the target has the same content already.
+    pub same_pages: u64,
+    /// Bytes of the pages sent with content, before compression.
+    pub bytes_raw: u64,
+    /// Bytes that went over the wire for all of them, headers included, before QUIC.
+    pub bytes_wire: u64,
+}
+
+impl Sent {
+    /// Both together.
+    pub fn plus(self, other: Sent) -> Sent {
+        Sent {
+            pages: self.pages.saturating_add(other.pages),
+            data_pages: self.data_pages.saturating_add(other.data_pages),
+            zero_pages: self.zero_pages.saturating_add(other.zero_pages),
+            same_pages: self.same_pages.saturating_add(other.same_pages),
+            bytes_raw: self.bytes_raw.saturating_add(other.bytes_raw),
+            bytes_wire: self.bytes_wire.saturating_add(other.bytes_wire),
+        }
+    }
+
+    /// How many bytes of memory one byte on the wire carried; `None` if nothing was sent.
+    pub fn compression_ratio(self) -> Option<f64> {
+        (self.bytes_wire > 0 && self.bytes_raw > 0)
+            .then(|| self.bytes_raw as f64 / self.bytes_wire as f64)
+    }
+}

@@ -1,0 +1,10 @@
+//! Container runtimes: find a container, freeze it, adopt it.
+
+pub mod cgroup;
+mod freezer;
+pub mod home;
+pub mod runc;
+mod task;
+
+pub use freezer::{FreezeError, Freezer, Frozen};
+pub use task::{Task, tasks_of_cgroup};

@@ -1,0 +1,600 @@
+//! The handover at the source: the table of [`crate::migration::handoff`] carried out.
+//!
+//! Events come from the dump, from the target and from our own steps; the table says what to do; each action here does
+//! one thing and may lead to the next event. Nothing else in the source decides who may run the container.
+//!
+//! ```text
+//!   signals ─▶ event ─▶ Course::on ─▶ actions ─▶ perform ─┐
+//!                ▲                                        │
+//!                └──────────── answers ◀──────────────────┘
+//! ```
+
+mod ending;
+mod frozen;
+
+pub use frozen::mapped_files;
+
+use super::dump::{Dump, DumpSignal, PreparedDump};
+use super::link::{Link, LinkError};
+use super::plan::Plan;
+use super::rootfs_copy::RootfsCopy;
+use super::send::{FrameSink, Sender};
+use super::settle;
+use super::tracker::{SpaceScan, Tracker};
+use crate::criu::hook::WaitingHook;
+use crate::criu::options::NetworkLock;
+use crate::fault;
+use crate::journal::Journal;
+use crate::memory::{PageSet, SpaceId};
+use crate::migration::event::Event;
+use crate::migration::handoff::{Course, SourceAction, SourceEvent, SourceState};
+use crate::migration::journal::{Leftover, ProcessName, Record};
+use crate::migration::phase::{Mark, TargetTimes, Timeline};
+use crate::migration::report::{DumpKind, RoundReport};
+use crate::migration::{JournalId, MigrationId};
+use crate::runtime::runc::{Container, Runc};
+use crate::runtime::{Frozen, Task};
+use crate::source::rootfs::FileId;
+use crate::transport::TransportError;
+use crate::wire::message::{self, Message};
+use crate::wire::peer_error::PeerError;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+/// How long the freezer may take: longer means a task in uninterruptible sleep.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long the container may stand still before the attempt is given up, whatever the cause.
+const FROZEN_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long a CRIU that should let go may take.
+const CRIU_PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long the target is asked for an outcome before the question is left to `migrate recover`.
+const UNKNOWN_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a target that was told to abort may take to say that it did.
+const ABORT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long the news that the last page is in its place is waited for.
+const FILL_PATIENCE: Duration = Duration::from_secs(120);
+
+/// What reaches the handover from outside.
+#[derive(Debug)]
+pub enum Signal {
+    /// The dump.
+    Dump(DumpSignal),
+    /// The target, or the end of the connection to it.
+    Heard(Result<Message, TransportError>),
+}
+
+/// Everything the handover works on.
+pub struct Handover<'a, S> {
+    /// The migration.
+    pub migration: MigrationId,
+    /// As it was asked for.
+    pub plan: &'a Plan,
+    /// The runtime.
+    pub runc: &'a Runc,
+    /// The container.
+    pub container: &'a Container,
+    /// The source's journal of this migration.
+    pub journal: Journal,
+    /// The connection to the target.
+    pub link: Option<Link>,
+    /// What comes from outside.
+    pub signals: Receiver<Signal>,
+    /// Where pages go.
+    ///
+    /// It is taken out while a round is sent.
+    pub sender: Option<Sender<S>>,
+    /// What finds dirty pages; `None` where the dump has all of them.
+    pub tracker: Option<Box<dyn Tracker>>,
+    /// What copies the root filesystem; `None` where it is shared.
+    pub rootfs: Option<RootfsCopy>,
+    /// Where events go.
+    pub emit: &'a dyn Fn(Event),
+    /// When the migration began.
+    pub began: Instant,
+    /// The times of the handover.
+    pub timeline: Timeline,
+    /// Set when the user wants to stop.
+    pub cancelled: &'a AtomicBool,
+    /// Pages that the last scan of the rounds found dirty and that no round has sent.
+    pub unsent: BTreeMap<SpaceId, PageSet>,
+    /// Files that tasks had mapped shared and writable at the last scan.
+    pub mapped_files: BTreeSet<FileId>,
+    /// The target was told to start its restore.
+    pub prestarted: bool,
+    /// What it was, or will be, told.
+    pub prestart: message::Prestart,
+    /// How the dump, once it begins, keeps packets still.
+    pub network_lock: NetworkLock,
+    cancel_heard: bool,
+    dump_at_gate: bool,
+    rounds_received: u32,
+    course: Course<SourceState>,
+    queue: VecDeque<SourceEvent>,
+    dump: Option<Dump>,
+    hold: Option<WaitingHook>,
+    frozen: Option<Frozen>,
+    scans: Vec<SpaceScan>,
+    held_back: BTreeMap<SpaceId, PageSet>,
+    target_journal: Option<JournalId>,
+    round: u32,
+    delta: Option<RoundReport>,
+    ended: Ended,
+}
+
+/// What is known at the end.
+#[derive(Debug, Default)]
+pub struct Ended {
+    /// Why it did not go on; the first reason counts.
+    pub reason: Option<String>,
+    /// The state in which that happened.
+    pub during: Option<SourceState>,
+    /// Bytes of the container's memory at the freeze.
+    pub memory_bytes: u64,
+    /// The pages sent while it was frozen.
+    pub delta: Option<RoundReport>,
+    /// What CRIU wrote.
+    pub dump: Option<DumpKind>,
+    /// When the target had the last page in its place.
+    pub filled: Option<message::Filled>,
+    /// What stayed behind and why, if ending it was not clean.
+    pub untidy: Option<String>,
+}
+
+impl<'a, S: FrameSink> Handover<'a, S> {
+    /// A handover in its first state: rounds are being sent.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the parts of a migration, gathered once"
+    )]
+    pub fn new(
+        migration: MigrationId,
+        plan: &'a Plan,
+        runc: &'a Runc,
+        container: &'a Container,
+        journal: Journal,
+        link: Link,
+        signals: Receiver<Signal>,
+        sender: Sender<S>,
+        tracker: Option<Box<dyn Tracker>>,
+        rootfs: Option<RootfsCopy>,
+        emit: &'a dyn Fn(Event),
+        began: Instant,
+        cancelled: &'a AtomicBool,
+        prestart: message::Prestart,
+        network_lock: NetworkLock,
+    ) -> Handover<'a, S> {
+        Handover {
+            migration,
+            plan,
+            runc,
+            container,
+            journal,
+            link: Some(link),
+            signals,
+            sender: Some(sender),
+            tracker,
+            rootfs,
+            emit,
+            began,
+            timeline: Timeline::default(),
+            cancelled,
+            unsent: BTreeMap::new(),
+            mapped_files: BTreeSet::new(),
+            prestarted: false,
+            prestart,
+            network_lock,
+            cancel_heard: false,
+            dump_at_gate: false,
+            rounds_received: 0,
+            course: Course::start(),
+            queue: VecDeque::new(),
+            dump: None,
+            hold: None,
+            frozen: None,
+            scans: Vec::new(),
+            held_back: BTreeMap::new(),
+            target_journal: None,
+            round: 0,
+            delta: None,
+            ended: Ended::default(),
+        }
+    }
+
+    /// Starts the runtime of a dump that is ready, and records its process for recovery.
+    pub fn start_dump(&mut self, prepared: PreparedDump) -> Result<(), String> {
+        let dump = prepared
+            .start(self.runc, self.container)
+            .map_err(|error| error.to_string())?;
+        let pid = dump.pid().cast_signed();
+        self.dump = Some(dump);
+        let task = Task::read(pid).map_err(|error| error.to_string())?;
+        let process = ProcessName {
+            pid,
+            start_time: task.map_or(0, |task| task.start_time),
+        };
+        let leftover = Leftover::Process {
+            what: "runc checkpoint".into(),
+            process,
+        };
+        self.journal
+            .append(&Record::Leftover(leftover))
+            .map_err(|error| error.to_string())
+    }
+
+    /// Tells the target to start its restore, which then waits for the images.
+    pub fn prestart_target(&mut self) -> Result<(), LinkError> {
+        match &mut self.link {
+            Some(link) => link.say(self.prestart.clone()),
+            // The end of the connection is among the signals.
+            None => Ok(()),
+        }
+    }
+
+    /// Whether CRIU has started up and waits for the freeze.
+    pub fn dump_is_ready(&self) -> bool {
+        self.dump_at_gate
+    }
+
+    /// The last round that is wholly at the target.
+    pub fn rounds_received(&self) -> u32 {
+        self.rounds_received
+    }
+
+    /// Waits a moment for what comes from outside during the rounds; `Some` if it ends them.
+    pub fn interruption(&mut self, wait: Duration) -> Option<SourceEvent> {
+        let mut signal = self.signals.recv_timeout(wait).ok();
+        while let Some(arrived) = signal {
+            if let Some(event) = self.event_of(arrived) {
+                return Some(event);
+            }
+            signal = self.signals.try_recv().ok();
+        }
+        if let Some(event) = self.heard_cancel() {
+            return Some(event);
+        }
+        if self.began.elapsed() > self.plan.timeout {
+            self.because(format!("not done within {:?}", self.plan.timeout));
+            return Some(SourceEvent::Timeout);
+        }
+        self.dump_failed()
+    }
+
+    fn heard_cancel(&mut self) -> Option<SourceEvent> {
+        if self.cancel_heard || !self.cancelled.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.cancel_heard = true;
+        self.because("cancelled".into());
+        Some(SourceEvent::UserCancelled)
+    }
+
+    /// The runtime that dumps has ended although nobody let it.
+    fn dump_failed(&mut self) -> Option<SourceEvent> {
+        let status = self.dump.as_mut()?.ended().ok()??;
+        let words = self.dump.as_ref().map(Dump::last_words).unwrap_or_default();
+        self.because(format!("CRIU's dump ended ({status}): {words}"));
+        Some(SourceEvent::CriuFailed)
+    }
+
+    /// Gives the migration up before anything was frozen, for this reason.
+    pub fn give_up(mut self, event: SourceEvent, reason: String) -> (SourceState, Ended, Timeline) {
+        self.ended.reason.get_or_insert(reason);
+        self.queue.push_back(event);
+        self.run_to_the_end()
+    }
+
+    /// Freezes, sends the rest, hands over: returns when the outcome is known, or nobody can tell.
+    pub fn hand_over(mut self, round: u32) -> (SourceState, Ended, Timeline) {
+        self.round = round;
+        self.queue.push_back(SourceEvent::FreezeOrdered);
+        self.run_to_the_end()
+    }
+
+    fn run_to_the_end(mut self) -> (SourceState, Ended, Timeline) {
+        let mut unknown_since = None;
+        loop {
+            if let Some(action) = self.course.next_action() {
+                if let Some(answer) = self.perform(action) {
+                    self.take(answer);
+                }
+            } else if let Some(event) = self.queue.pop_front() {
+                self.take(event);
+            } else if self.course.state().is_settled() {
+                break;
+            } else {
+                let event = self.next_event();
+                self.take(event);
+            }
+            if self.course.state() == SourceState::Unknown {
+                let since = *unknown_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > fault::patience(UNKNOWN_PATIENCE) {
+                    break;
+                }
+            }
+        }
+        if self.course.state() == SourceState::Unknown {
+            // It stays as it is for whoever learns the truth: frozen, and held by a hook that reads the journal.
+            if let Some(frozen) = self.frozen.take() {
+                frozen.give_away();
+            }
+            std::mem::forget(self.hold.take());
+        }
+        if self.course.state() == SourceState::Committed {
+            self.wait_until_filled();
+        }
+        if let Some(link) = self.link.take() {
+            let why = if self.course.state() == SourceState::Committed {
+                PeerError::Done
+            } else {
+                PeerError::SourceAborted
+            };
+            link.close(why);
+        }
+        self.ended.delta = self.delta.take();
+        (self.course.state(), self.ended, self.timeline)
+    }
+
+    /// The container runs at the target; what is left is to learn when its last page was in its place.
+    fn wait_until_filled(&mut self) {
+        let deadline = Instant::now() + FILL_PATIENCE;
+        while self.link.is_some() && self.ended.filled.is_none() && Instant::now() < deadline {
+            if let Ok(signal) = self.signals.recv_timeout(Duration::from_millis(50)) {
+                self.event_of(signal);
+            }
+        }
+    }
+
+    fn take(&mut self, event: SourceEvent) {
+        let before = self.course.state();
+        match self.course.on(event) {
+            Ok(ignored) => {
+                let after = self.course.state();
+                tracing::debug!(?before, ?event, ?after, ignored, "handover");
+                if after == SourceState::RolledBack && before != after {
+                    self.ended.during = Some(before);
+                    self.ended
+                        .reason
+                        .get_or_insert_with(|| format!("{event:?}"));
+                }
+            }
+            Err(impossible) => tracing::error!(%impossible, "the handover stays where it is"),
+        }
+    }
+
+    fn next_event(&mut self) -> SourceEvent {
+        loop {
+            let signal = self.signals.recv_timeout(Duration::from_millis(5));
+            match signal {
+                Ok(signal) => {
+                    if let Some(event) = self.event_of(signal) {
+                        return event;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
+            }
+            if let Some(event) = self.heard_cancel() {
+                return event;
+            }
+            if matches!(
+                self.course.state(),
+                SourceState::Frozen | SourceState::Holding | SourceState::Prepared
+            ) && let Some(event) = self.dump_failed()
+            {
+                return event;
+            }
+            let frozen_since = self.timeline.at(Mark::FreezeBegan);
+            let patience = FROZEN_PATIENCE;
+            if frozen_since
+                .is_some_and(|since| self.began.elapsed().saturating_sub(since) > patience)
+                && !matches!(self.course.state(), SourceState::Unknown)
+            {
+                self.because(format!(
+                    "the container stood still for {patience:?} in state {:?}",
+                    self.course.state()
+                ));
+                return SourceEvent::Timeout;
+            }
+        }
+    }
+
+    /// What a signal means; `None` if it only has to be kept.
+    fn event_of(&mut self, signal: Signal) -> Option<SourceEvent> {
+        match signal {
+            Signal::Dump(DumpSignal::AtGate) => {
+                self.dump_at_gate = true;
+                None
+            }
+            Signal::Dump(DumpSignal::Held(hook)) => {
+                self.hold = Some(hook);
+                self.hold_reached()
+            }
+            Signal::Dump(DumpSignal::HookGone) => {
+                if self.course.state().is_settled() {
+                    return None;
+                }
+                self.hold = None;
+                self.because("the hook that held the dump is gone".into());
+                Some(SourceEvent::HookLost)
+            }
+            Signal::Heard(Err(error)) => {
+                // The connection is of no use any more; a question later makes a new one.
+                self.link = None;
+                if self.course.state().is_settled() {
+                    return None;
+                }
+                self.because(error.to_string());
+                Some(SourceEvent::PeerLost)
+            }
+            Signal::Heard(Ok(message)) => self.event_of_message(message),
+        }
+    }
+
+    fn event_of_message(&mut self, message: Message) -> Option<SourceEvent> {
+        match message {
+            Message::RoundReceived(received) => {
+                self.rounds_received = self.rounds_received.max(received.round);
+                None
+            }
+            Message::Filled(filled) => {
+                self.ended.filled = Some(filled);
+                None
+            }
+            Message::Prepared(prepared) => {
+                self.target_journal = Some(prepared.journal);
+                self.mark(Mark::Prepared);
+                let restore = Duration::from_micros(prepared.compose_us + prepared.restore_us);
+                self.timeline.set_target_times(TargetTimes {
+                    restore,
+                    ..TargetTimes::default()
+                });
+                (self.emit)(Event::Prepared {
+                    restore,
+                    fill: Duration::ZERO,
+                });
+                Some(SourceEvent::TargetPrepared)
+            }
+            Message::Committed(committed) => {
+                self.mark(Mark::Committed);
+                let mut times = self.timeline.target_times();
+                times.resume = Duration::from_micros(committed.resume_us);
+                self.timeline.set_target_times(times);
+                Some(SourceEvent::TargetSaysCommitted)
+            }
+            Message::RolledBack(said) => {
+                self.because(format!(
+                    "the target rolled back: {}: {}",
+                    said.code, said.text
+                ));
+                Some(SourceEvent::TargetSaysRolledBack)
+            }
+            unexpected => {
+                self.because(format!("the target said {} out of turn", unexpected.name()));
+                Some(SourceEvent::PeerRefused)
+            }
+        }
+    }
+
+    fn perform(&mut self, action: SourceAction) -> Option<SourceEvent> {
+        fault::before("source", action);
+        match action {
+            SourceAction::FreezeContainer => self.freeze(),
+            // It was started before the freeze and waits at its gate, which the delta's scan opens.
+            SourceAction::DumpSkeleton => None,
+            SourceAction::SendDelta => self.attempt(Self::send_delta),
+            SourceAction::FreezeAgain => self.attempt(Self::freeze_again),
+            SourceAction::SendImages => self.attempt(Self::send_images),
+            SourceAction::ConfirmHold => Some(self.confirm_hold()),
+            SourceAction::RecordDeciding => {
+                let target_journal = self.target_journal?;
+                Some(self.record(&Record::Deciding { target_journal }))
+            }
+            SourceAction::SendCommit => self.send_commit(),
+            SourceAction::AskTarget => Some(self.ask_target()),
+            SourceAction::RecordCommitted => {
+                let downtime = self.timeline.downtime(self.began.elapsed());
+                let downtime = downtime.map_or(Duration::ZERO, |downtime| downtime.total);
+                (self.emit)(Event::Committed { downtime });
+                self.note_record(&Record::Committed)
+            }
+            SourceAction::DestroyFrozenCopy => {
+                self.destroy_frozen_copy();
+                None
+            }
+            SourceAction::ResumeContainer => {
+                self.resume_container();
+                None
+            }
+            SourceAction::AbortTarget => {
+                self.abort_target();
+                None
+            }
+            SourceAction::RecordRolledBack => self.note_record(&Record::RolledBack),
+            SourceAction::RecordClosed => self.note_record(&Record::Closed),
+        }
+    }
+
+    fn record(&mut self, record: &Record) -> SourceEvent {
+        match self.journal.append(record) {
+            Ok(()) => SourceEvent::RecordWritten,
+            Err(error) => {
+                self.because(error.to_string());
+                SourceEvent::RecordFailed
+            }
+        }
+    }
+
+    /// A record after the outcome: nothing waits for it, recovery can do without.
+    fn note_record(&mut self, record: &Record) -> Option<SourceEvent> {
+        match self.journal.append(record) {
+            Ok(()) => None,
+            Err(error) => {
+                tracing::warn!(%error, "the outcome is not on record here");
+                Some(SourceEvent::RecordFailed)
+            }
+        }
+    }
+
+    fn send_commit(&mut self) -> Option<SourceEvent> {
+        self.mark(Mark::CommitSent);
+        (self.emit)(Event::CommitSent);
+        let said = match &mut self.link {
+            Some(link) => link
+                .say(message::Commit {})
+                .map_err(|error| error.to_string()),
+            None => Err("the connection to the target is gone".into()),
+        };
+        said.err().map(|reason| {
+            self.because(reason);
+            SourceEvent::PeerLost
+        })
+    }
+
+    fn ask_target(&mut self) -> SourceEvent {
+        self.link = None;
+        let Some(target_journal) = self.target_journal else {
+            return SourceEvent::TargetUnreachable;
+        };
+        std::thread::sleep(settle::PAUSE);
+        let question = settle::Question {
+            state_dir: &self.plan.state_dir,
+            target: &self.plan.target,
+            migration: self.migration,
+            target_journal,
+        };
+        let (event, reason) = question.ask();
+        if event == SourceEvent::TargetSaysCommitted {
+            self.mark(Mark::Committed);
+        }
+        self.because(reason);
+        event
+    }
+
+    /// Does a step whose failure rolls back.
+    fn attempt(
+        &mut self,
+        step: impl FnOnce(&mut Self) -> Result<(), String>,
+    ) -> Option<SourceEvent> {
+        step(self).err().map(|reason| {
+            self.because(reason);
+            SourceEvent::LocalFailure
+        })
+    }
+
+    fn because(&mut self, reason: String) {
+        tracing::info!(state = ?self.course.state(), %reason, "a step failed");
+        self.ended.reason.get_or_insert(reason);
+    }
+
+    fn mark(&mut self, mark: Mark) {
+        if let Err(error) = self.timeline.record(mark, self.began.elapsed()) {
+            tracing::error!(%error, "the report's times are incomplete");
+        }
+    }
+}

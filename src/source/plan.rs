@@ -1,0 +1,74 @@
+//! What to move, where to, and how: the arguments of a migration, checked.
+
+use crate::migration::{ContainerId, PeerAddress};
+use crate::runtime::runc;
+use crate::source::tracker::TrackerKind;
+use crate::wire::codec::Compression;
+use crate::wire::message::RootfsMode;
+use std::num::NonZeroU64;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Where the engine keeps its journals, identity and working files unless told otherwise.
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/migrate";
+
+/// One migration, as it was asked for.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The container.
+    pub container: ContainerId,
+    /// The target's agent.
+    pub target: PeerAddress,
+    /// runc's state directory.
+    pub runtime_root: PathBuf,
+    /// Where journals, identity and working files are kept.
+    pub state_dir: PathBuf,
+    /// How dirty pages are found; `None` lets the kernel's features decide.
+    pub tracker: Option<TrackerKind>,
+    /// Rounds after which the container is frozen whatever is dirty.
+    pub max_rounds: u32,
+    /// How long the container should stand still at most.
+    pub downtime_limit: Duration,
+    /// Bytes a second for pages and files.
+    pub bandwidth_limit: Option<NonZeroU64>,
+    /// How pages are compressed.
+    pub compression: Compression,
+    /// How long the whole migration may take before it is given up.
+    pub timeout: Duration,
+    /// Only look whether it would work.
+    pub dry_run: bool,
+    /// How the root filesystem gets to the target.
+    pub rootfs: RootfsMode,
+    /// Page streams, and threads that read pages.
+    pub page_streams: u16,
+    /// The `migrate` program, which hooks and guard are started from. The program that runs, unless it only embeds the
+    /// engine.
+    pub program: PathBuf,
+}
+
+impl Plan {
+    /// The plan that `migrate --to TARGET CONTAINER` makes.
+    pub fn new(container: ContainerId, target: PeerAddress) -> Plan {
+        Plan {
+            container,
+            target,
+            runtime_root: PathBuf::from(runc::DEFAULT_ROOT),
+            state_dir: PathBuf::from(DEFAULT_STATE_DIR),
+            tracker: None,
+            max_rounds: 30,
+            downtime_limit: Duration::from_millis(300),
+            bandwidth_limit: None,
+            compression: Compression::Auto,
+            timeout: Duration::from_secs(3600),
+            dry_run: false,
+            rootfs: RootfsMode::Copied,
+            page_streams: 2,
+            program: std::env::current_exe().unwrap_or_else(|_| PathBuf::from("migrate")),
+        }
+    }
+
+    /// The working directory of a migration below a state directory.
+    pub fn work_dir(state_dir: &Path, migration: impl std::fmt::Display) -> PathBuf {
+        state_dir.join("work").join(migration.to_string())
+    }
+}

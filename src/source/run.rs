@@ -1,0 +1,458 @@
+//! A migration from the source's side, from the first look to the outcome.
+//!
+//! ```text
+//!  survey ─▶ connect ─▶ ask the target ─▶ journal ─▶ copy files, send rounds ─▶ hand over ─▶ report
+//!  └────────── nothing is touched ─────┘  └──────────── rolls back whole ────┘  └ handoff table
+//! ```
+
+use super::dump::{DumpError, PreparedDump};
+use super::guard::Guard;
+use super::handover::{Ended, Handover, Signal};
+use super::link::{Link, LinkError};
+use super::plan::Plan;
+use super::preflight::{self, Survey};
+use super::remains;
+use super::rootfs_copy::{RootfsCopy, RootfsCopyError};
+use super::rounds::{RoundsDone, RoundsError, name_of};
+use super::send::{FrameSink, Sender};
+use super::settle::connector;
+use super::tracker::{TrackError, Trackers};
+use crate::criu::binary::{Criu, NoCriu};
+use crate::criu::kernel_cache::{KernelCache, KernelCacheError};
+use crate::criu::options::NetworkLock;
+use crate::journal::{Journal, JournalDir, JournalError, JournalName};
+use crate::migration::MigrationId;
+use crate::migration::event::{Event, Finding, Side, Verdict};
+use crate::migration::handoff::{SourceEvent, SourceState};
+use crate::migration::journal::{self, ProcessName, Record, SourceOpened};
+use crate::migration::phase::Timeline;
+use crate::migration::report::{Outcome, Report, Sent};
+use crate::runtime::runc::{Container, Runc, RuncError};
+use crate::runtime::{Freezer, Task};
+use crate::transport::{PageQueue, Settings};
+use crate::wire::message::{Begin, Message, Prestart, RootfsMode};
+use crate::wire::page_frame::EncodedFrame;
+use std::fs::DirBuilder;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::{self, Receiver};
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// How long a target may take to look whether the container can come.
+const PREFLIGHT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Why a migration ended before it could begin: nothing was touched.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// The container cannot be found or understood.
+    #[error(transparent)]
+    Runtime(#[from] RuncError),
+    /// No CRIU that works.
+    #[error(transparent)]
+    Criu(#[from] NoCriu),
+    /// CRIU's kernel cache cannot be made.
+    #[error(transparent)]
+    KernelCache(#[from] KernelCacheError),
+    /// The tracker asked for does not work here, or none does.
+    #[error("{}", crate::chain::one_line(.0))]
+    Tracker(#[from] TrackError),
+    /// The target cannot be talked to.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The target says nothing that makes sense.
+    #[error("the target does not answer the first question: {0}")]
+    NoAnswer(String),
+    /// The journal cannot be written.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// Another file or the system fails us.
+    #[error("{doing}: {source}")]
+    System {
+        /// What was being done.
+        doing: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+impl RunError {
+    /// Whether the host or its peer is not fit for the move, as opposed to a failure of ours.
+    pub fn is_refusal(&self) -> bool {
+        !matches!(self, RunError::Journal(_) | RunError::System { .. })
+    }
+}
+
+impl FrameSink for PageQueue {
+    fn send(&mut self, frame: EncodedFrame) -> io::Result<Duration> {
+        let start = Instant::now();
+        PageQueue::send(self, frame).map_err(io::Error::other)?;
+        Ok(start.elapsed())
+    }
+}
+
+/// Moves the container as planned. `Err` means that nothing was touched; every other end is in the report.
+pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<Report, RunError> {
+    let began = Instant::now();
+    let migration = new_migration()?;
+    let mut report = Report::new(migration, plan.container.clone(), plan.target.to_string());
+    emit(Event::Started {
+        migration,
+        container: plan.container.clone(),
+        target: plan.target.to_string(),
+    });
+
+    let runc = Runc::new(&plan.runtime_root);
+    let container = runc.container(plan.container.as_str())?;
+    let criu = Criu::find()?;
+    let survey = preflight::survey(&container, &criu, plan.rootfs, plan.page_streams)
+        .map_err(system("looking at the container"))?;
+    emit(Event::Preflight {
+        side: Side::Source,
+        findings: survey.findings.clone(),
+    });
+    let reasons = survey.refusals();
+    if !reasons.is_empty() {
+        return Ok(report.ended(Outcome::Refused { reasons }, began.elapsed()));
+    }
+    let cache = KernelCache::prepare(&criu, &plan.state_dir.join("criu"))?;
+    let tracker = if cache.skeleton.works() {
+        Some(Trackers::find().open(plan.tracker)?)
+    } else {
+        None
+    };
+
+    let (signal, signals) = mpsc::channel();
+    let settings = Settings {
+        bandwidth_limit: plan.bandwidth_limit,
+        ..Settings::default()
+    };
+    let mut link = Link::connect(
+        &plan.target,
+        connector(&plan.state_dir, Some(settings))?,
+        signal.clone(),
+        Signal::Heard,
+    )?;
+    let refusals = ask_target(plan, migration, &survey, &mut link, &signals)?;
+    emit(answer_of_target(&link, &refusals));
+    if !refusals.is_empty() {
+        link.close(crate::wire::peer_error::PeerError::Done);
+        return Ok(report.ended(Outcome::Refused { reasons: refusals }, began.elapsed()));
+    }
+    if plan.dry_run {
+        link.close(crate::wire::peer_error::PeerError::Done);
+        return Ok(report.ended(Outcome::WouldMove, began.elapsed()));
+    }
+
+    let work_dir = Plan::work_dir(&plan.state_dir, migration);
+    let journal = open_journal(plan, migration, &container, &link, &work_dir)?;
+    let journal_file = journal.path().to_path_buf();
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&work_dir)
+        .map_err(system("making the working directory"))?;
+    report.tracker = tracker.as_ref().map(|tracker| name_of(tracker.kind()));
+    let guard = Guard::start(&plan.program, &plan.state_dir, migration);
+
+    let sinks = link.page_queues(plan.page_streams);
+    let rootfs = start_rootfs(plan, &container, &link);
+    let sender = Sender::new(sinks.unwrap_or_default(), plan.compression);
+    let prestart = Prestart {
+        config: container.spec.to_string(),
+        stdio: survey.stdio,
+        pages_apart: tracker.is_some(),
+    };
+    let network_lock = if survey.speaks_tcp {
+        NetworkLock::Nftables
+    } else {
+        NetworkLock::Skip
+    };
+    let (rootfs, rootfs_error) = match rootfs {
+        Ok(rootfs) => (rootfs, None),
+        Err(error) => (None, Some(error.to_string())),
+    };
+    let mut handover = Handover::new(
+        migration,
+        plan,
+        &runc,
+        &container,
+        journal,
+        link,
+        signals,
+        sender,
+        tracker,
+        rootfs,
+        emit,
+        began,
+        cancelled,
+        prestart,
+        network_lock,
+    );
+    let mut prepare = |handover: &mut Handover<'_, PageQueue>| -> Result<(), String> {
+        let dump = PreparedDump::new(
+            &plan.program,
+            &work_dir,
+            &journal_file,
+            &container,
+            criu.clone(),
+            &cache,
+            network_lock,
+            signal.clone(),
+            Signal::Dump,
+        );
+        handover.start_dump(dump.map_err(|error: DumpError| error.to_string())?)
+    };
+    let begun = match (guard, rootfs_error) {
+        (Err(error), _) => Err(RoundsError::Prepare(error.to_string())),
+        (_, Some(error)) => Err(RoundsError::Prepare(error)),
+        (Ok(guard), None) => {
+            let done = if handover.tracker.is_some() {
+                handover.rounds(&mut prepare)
+            } else {
+                handover.no_rounds(&mut prepare)
+            };
+            done.map(|done| (guard, done))
+        }
+    };
+    let (state, ended, timeline) = match begun {
+        Ok((_guard, done)) => {
+            let last = done.rounds.last().map_or(0, |round| round.round);
+            emit(Event::Freezing {
+                why: done.why,
+                expected_downtime: done.expected_downtime,
+            });
+            report.take_rounds(done);
+            handover.hand_over(last)
+        }
+        Err(RoundsError::Interrupted(event)) => handover.give_up(event, String::new()),
+        Err(error) => handover.give_up(SourceEvent::LocalFailure, error.to_string()),
+    };
+    if state.is_settled()
+        && let Err(error) = remains::remove_work(&work_dir)
+    {
+        tracing::warn!(%error, path = %work_dir.display(), "cannot remove the working directory");
+    }
+    let report = conclude(
+        report, plan, migration, state, ended, &timeline, began, emit,
+    );
+    Ok(report)
+}
+
+/// Asks the target whether the container can come. Returns why not; empty if it can.
+fn ask_target(
+    plan: &Plan,
+    migration: MigrationId,
+    survey: &Survey,
+    link: &mut Link,
+    signals: &Receiver<Signal>,
+) -> Result<Vec<String>, RunError> {
+    link.say(Begin {
+        migration,
+        container: plan.container.clone(),
+        requirements: survey.requirements.clone(),
+        dry_run: plan.dry_run,
+    })?;
+    match signals.recv_timeout(PREFLIGHT_PATIENCE) {
+        Ok(Signal::Heard(Ok(Message::Accepted(_)))) => Ok(Vec::new()),
+        Ok(Signal::Heard(Ok(Message::Refused(refused)))) => {
+            let line = |refusal: &crate::wire::message::Refusal| {
+                format!("{}: {}", refusal.code, refusal.text)
+            };
+            Ok(refused.refusals.iter().map(line).collect())
+        }
+        Ok(Signal::Heard(Ok(other))) => {
+            Err(RunError::NoAnswer(format!("it said {}", other.name())))
+        }
+        Ok(Signal::Heard(Err(error))) => Err(LinkError::from(error).into()),
+        Ok(Signal::Dump(_)) | Err(_) => Err(RunError::NoAnswer(format!(
+            "nothing within {PREFLIGHT_PATIENCE:?}"
+        ))),
+    }
+}
+
+fn start_rootfs(
+    plan: &Plan,
+    container: &Container,
+    link: &Link,
+) -> Result<Option<RootfsCopy>, RootfsStartError> {
+    match plan.rootfs {
+        RootfsMode::Shared => Ok(None),
+        RootfsMode::Copied => Ok(Some(RootfsCopy::start(
+            &container.rootfs,
+            link.rootfs_stream()?,
+        )?)),
+    }
+}
+
+#[derive(Debug, Error)]
+enum RootfsStartError {
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error(transparent)]
+    Copy(#[from] RootfsCopyError),
+}
+
+fn open_journal(
+    plan: &Plan,
+    migration: MigrationId,
+    container: &Container,
+    link: &Link,
+    work_dir: &std::path::Path,
+) -> Result<Journal, RunError> {
+    let init = Task::read(container.init_pid).map_err(system("looking at the container"))?;
+    let opened = SourceOpened {
+        migration,
+        container: plan.container.clone(),
+        runtime_root: plan.runtime_root.clone(),
+        bundle: container.bundle.clone(),
+        init: ProcessName {
+            pid: container.init_pid,
+            start_time: init.map_or(0, |init| init.start_time),
+        },
+        freezer: match &container.freezer {
+            Freezer::V1(path) => journal::Freezer::V1 { path: path.clone() },
+            Freezer::V2(path) => journal::Freezer::V2 { path: path.clone() },
+        },
+        peer: plan.target.clone(),
+        peer_fingerprint: link.peer().fingerprint.to_string(),
+        peer_name: link.peer().name.to_string(),
+        work_dir: work_dir.to_path_buf(),
+        boot_id: crate::kernel::boot_id().map_err(system("reading the boot id"))?,
+    };
+    let name = JournalName {
+        migration,
+        side: Side::Source,
+    };
+    Ok(JournalDir::open(&plan.state_dir)?.create(name, &Record::SourceOpened(opened))?)
+}
+
+#[expect(
+    clippy::too_many_arguments,
+    reason = "everything that is known at the end"
+)]
+fn conclude(
+    mut report: Report,
+    plan: &Plan,
+    migration: MigrationId,
+    state: SourceState,
+    ended: Ended,
+    timeline: &Timeline,
+    began: Instant,
+    emit: &dyn Fn(Event),
+) -> Report {
+    report.downtime = timeline.downtime(began.elapsed());
+    report.memory_bytes = ended.memory_bytes;
+    report.dump = ended.dump;
+    if let Some(delta) = &ended.delta {
+        report.sent = report.sent.plus(delta.sent);
+    }
+    report.delta = ended.delta;
+    report.fill_after_release = ended
+        .filled
+        .map(|filled| Duration::from_micros(filled.after_release_us));
+    if let Some(duration) = report.fill_after_release {
+        emit(Event::Filled { duration });
+    }
+    let reason = ended.reason.unwrap_or_default();
+    let outcome = match state {
+        SourceState::Committed => Outcome::Moved,
+        SourceState::RolledBack => {
+            let during = ended.during.unwrap_or(SourceState::Copying);
+            emit(Event::RolledBack {
+                during,
+                reason: reason.clone(),
+                downtime: report.downtime.as_ref().map(|downtime| downtime.total),
+            });
+            Outcome::RolledBack {
+                during: format!("{during:?}"),
+                reason,
+            }
+        }
+        _ => {
+            emit(Event::Unknown {
+                reason: reason.clone(),
+                how_to_find_out: format!(
+                    "migrate recover --state-dir {} (migration {migration})",
+                    plan.state_dir.display()
+                ),
+            });
+            Outcome::Unknown { reason }
+        }
+    };
+    report.ended(outcome, began.elapsed())
+}
+
+impl Report {
+    fn new(
+        migration: MigrationId,
+        container: crate::migration::ContainerId,
+        target: String,
+    ) -> Report {
+        Report {
+            migration,
+            container,
+            target,
+            outcome: Outcome::WouldMove,
+            tracker: None,
+            total: Duration::ZERO,
+            rounds: Vec::new(),
+            rounds_ended: None,
+            delta: None,
+            sent: Sent::default(),
+            memory_bytes: 0,
+            downtime: None,
+            fill_after_release: None,
+            dump: None,
+        }
+    }
+
+    fn take_rounds(&mut self, done: RoundsDone) {
+        self.sent = done
+            .rounds
+            .iter()
+            .fold(Sent::default(), |sum, round| sum.plus(round.sent));
+        self.rounds = done.rounds;
+        self.rounds_ended = Some(done.why);
+    }
+
+    fn ended(mut self, outcome: Outcome, total: Duration) -> Report {
+        self.outcome = outcome;
+        self.total = total;
+        self
+    }
+}
+
+fn answer_of_target(link: &Link, refusals: &[String]) -> Event {
+    let finding = |verdict, detail: String| Finding {
+        what: link.peer().name.to_string(),
+        verdict,
+        detail,
+        fix: None,
+    };
+    let mut findings: Vec<Finding> = refusals
+        .iter()
+        .map(|refusal| finding(Verdict::Refused, refusal.clone()))
+        .collect();
+    if findings.is_empty() {
+        findings.push(finding(Verdict::Ok, "takes the container".into()));
+    }
+    Event::Preflight {
+        side: Side::Target,
+        findings,
+    }
+}
+
+fn new_migration() -> Result<MigrationId, RunError> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| RunError::System {
+        doing: "choosing a name for the migration",
+        source: io::Error::other(error.to_string()),
+    })?;
+    Ok(MigrationId::from_bytes(bytes))
+}
+
+fn system(doing: &'static str) -> impl Fn(io::Error) -> RunError {
+    move |source| RunError::System { doing, source }
+}

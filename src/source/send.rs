@@ -1,0 +1,676 @@
+//! Sending pages: what a round, the delta and the residue have in common.
+//!
+//! ```text
+//!              ┌ worker 0: read ─ drop zero, same ─ encode ─▶ page stream 0
+//!  dirty pages ┤
+//!              └ worker 1: read ─ drop zero, same ─ encode ─▶ page stream 1
+//! ```
+//!
+//! A page belongs to the stream that its 2 MiB region hashes to, always. So the copies of one page arrive in the order
+//! they were sent, and at the target the newest wins without a lock. Each worker holds one frame at a time and blocks
+//! when its stream does: memory stays bounded whatever the container's size.
+
+use crate::kernel::process_memory::{ProcessMemory, ReadError};
+use crate::memory::{PAGE_SIZE, PageNumber, PageRange, PageSet, SpaceId};
+use crate::migration::report::Sent;
+use crate::wire::codec::{CodecChooser, Compression};
+use crate::wire::page_frame::{
+    EncodedFrame, FrameEncoder, FrameError, MAX_PAGES, MAX_RUNS, Run, RunKind,
+};
+use bytes::Bytes;
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+use thiserror::Error;
+use xxhash_rust::xxh3::xxh3_128;
+
+/// Pages of a region; a region's pages share a stream. 2 MiB, so that a huge page is not torn apart.
+const REGION_PAGES: u64 = 512;
+
+/// Hashes of pages that a worker remembers: with 24 bytes each 3 MiB, whatever the container's size.
+const REMEMBERED: usize = 1 << 17;
+
+/// Pages of one space to send.
+#[derive(Clone, Debug)]
+pub struct PagesToSend {
+    /// Whose.
+    pub space: SpaceId,
+    /// The process to read them from.
+    pub pid: i32,
+    /// Which.
+    pub pages: PageSet,
+}
+
+/// Where a worker's frames go: one page stream.
+pub trait FrameSink: Send {
+    /// Hands over a frame, waiting for room. Returns how long it waited.
+    fn send(&mut self, frame: EncodedFrame) -> io::Result<Duration>;
+}
+
+/// Why pages could not be sent.
+#[derive(Debug, Error)]
+pub enum SendError {
+    /// The container's memory cannot be read.
+    #[error("reading memory of process {pid}: {source}")]
+    Read {
+        /// The process.
+        pid: i32,
+        /// Why.
+        source: ReadError,
+    },
+    /// The stream is closed.
+    #[error("sending pages: {0}")]
+    Stream(#[from] io::Error),
+    /// A frame could not be made: a bug.
+    #[error("encoding pages: {0}")]
+    Encode(#[from] FrameError),
+    /// The migration was cancelled meanwhile.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+/// The sending half of a migration: one worker per page stream, kept from the first round to the residue.
+pub struct Sender<S> {
+    workers: Vec<Worker<S>>,
+    sent: HashMap<SpaceId, PageSet>,
+}
+
+/// What watches a sender at work from another thread.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Pages done so far in this call, in whatever way.
+    pub pages: AtomicU64,
+    /// Bytes handed to the streams so far in this call.
+    pub bytes_wire: AtomicU64,
+    /// Set to stop at the next frame.
+    pub cancelled: AtomicBool,
+}
+
+struct Worker<S> {
+    sink: S,
+    buffers: Buffers,
+    frames: u64,
+    encoder: FrameEncoder,
+    chooser: CodecChooser,
+    remembered: Remembered,
+}
+
+impl<S: FrameSink> Sender<S> {
+    /// A sender over these streams, in the order of their indexes.
+    pub fn new(sinks: Vec<S>, compression: Compression) -> Sender<S> {
+        let worker = |sink| Worker {
+            sink,
+            buffers: Buffers::default(),
+            frames: 0,
+            encoder: FrameEncoder::new(),
+            chooser: CodecChooser::new(compression),
+            remembered: Remembered::new(),
+        };
+        Sender {
+            workers: sinks.into_iter().map(worker).collect(),
+            sent: HashMap::new(),
+        }
+    }
+
+    /// Sends the pages and returns what that took. Pages that are gone by the time they are read are left out.
+    pub fn send(&mut self, pages: &[PagesToSend], progress: &Progress) -> Result<Sent, SendError> {
+        progress.pages.store(0, Ordering::Relaxed);
+        progress.bytes_wire.store(0, Ordering::Relaxed);
+        let streams = self.workers.len() as u64;
+        let results: Vec<Result<Share, SendError>> = thread::scope(|scope| {
+            let running: Vec<_> = (0..streams)
+                .zip(&mut self.workers)
+                .map(|(index, worker)| {
+                    let mine = move |range: PageRange| stream_of(range.start(), streams) == index;
+                    thread::Builder::new()
+                        .name(format!("pages-{index}"))
+                        .spawn_scoped(scope, move || worker.send(pages, mine, progress))
+                })
+                .collect();
+            running
+                .into_iter()
+                .map(|thread| match thread?.join() {
+                    Ok(result) => result,
+                    Err(panic) => std::panic::resume_unwind(panic),
+                })
+                .collect()
+        });
+        let mut total = Sent::default();
+        for result in results {
+            let share = result?;
+            total = total.plus(share.counts);
+            for (space, pages) in share.spaces {
+                let sent = self.sent.entry(space).or_default();
+                sent.extend(&pages.sent);
+                // An older copy of a page that cannot be read any more is worth nothing.
+                sent.subtract(&pages.gone);
+            }
+        }
+        Ok(total)
+    }
+
+    /// The pages of `space` that the target has some copy of.
+    pub fn sent(&self, space: SpaceId) -> Option<&PageSet> {
+        self.sent.get(&space)
+    }
+
+    /// Frames sent so far on each stream.
+    pub fn frames(&self) -> Vec<u64> {
+        self.workers.iter().map(|worker| worker.frames).collect()
+    }
+
+    /// The streams again, to be closed in order.
+    pub fn into_sinks(self) -> Vec<S> {
+        self.workers.into_iter().map(|worker| worker.sink).collect()
+    }
+}
+
+/// What one worker did of a call.
+#[derive(Default)]
+struct Share {
+    counts: Sent,
+    spaces: Vec<(SpaceId, Looked)>,
+}
+
+/// The pages of one space that were asked for, by what became of them.
+#[derive(Default)]
+struct Looked {
+    sent: PageSet,
+    gone: PageSet,
+}
+
+impl<S: FrameSink> Worker<S> {
+    fn send(
+        &mut self,
+        pages: &[PagesToSend],
+        mine: impl Fn(PageRange) -> bool,
+        progress: &Progress,
+    ) -> Result<Share, SendError> {
+        let mut share = Share::default();
+        for to_send in pages {
+            let mut regions = to_send
+                .pages
+                .iter()
+                .flat_map(in_regions)
+                .filter(|&range| mine(range))
+                .peekable();
+            if regions.peek().is_none() {
+                continue;
+            }
+            let failed = |source| SendError::Read {
+                pid: to_send.pid,
+                source,
+            };
+            let memory = match ProcessMemory::open(to_send.pid) {
+                Ok(memory) => memory,
+                // Its pages are gone with it; whether any is wanted after all shows at the freeze.
+                Err(ReadError::Exited { .. }) => continue,
+                Err(source) => return Err(failed(source)),
+            };
+            let mut looked = Looked::default();
+            let mut batch = Vec::new();
+            let mut batch_pages = 0;
+            while let Some(region) = regions.next() {
+                // A region is at most twice a frame.
+                for range in region.chunks(MAX_PAGES) {
+                    if batch_pages + range.pages() > MAX_PAGES || batch.len() == MAX_RUNS / 2 {
+                        self.batch(
+                            &memory,
+                            to_send.space,
+                            &batch,
+                            &mut looked,
+                            &mut share.counts,
+                            progress,
+                            failed,
+                        )?;
+                        batch.clear();
+                        batch_pages = 0;
+                    }
+                    batch_pages += range.pages();
+                    batch.push(range);
+                }
+                if regions.peek().is_none() {
+                    self.batch(
+                        &memory,
+                        to_send.space,
+                        &batch,
+                        &mut looked,
+                        &mut share.counts,
+                        progress,
+                        failed,
+                    )?;
+                }
+            }
+            share.spaces.push((to_send.space, looked));
+        }
+        Ok(share)
+    }
+
+    /// Reads up to a frame's worth of pages and sends what the target does not have.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the loop's state, split by who borrows it"
+    )]
+    fn batch(
+        &mut self,
+        memory: &ProcessMemory,
+        space: SpaceId,
+        ranges: &[PageRange],
+        looked: &mut Looked,
+        counts: &mut Sent,
+        progress: &Progress,
+        failed: impl Fn(ReadError) -> SendError,
+    ) -> Result<(), SendError> {
+        if progress.cancelled.load(Ordering::Relaxed) {
+            return Err(SendError::Cancelled);
+        }
+        let pages: u64 = ranges.iter().map(|range| range.pages()).sum();
+        let mut buffer = self.buffers.take();
+        let gone: PageSet = match memory.read_runs(ranges, &mut buffer.bytes[..bytes_of(pages)]) {
+            Ok(gone) => gone.into_iter().collect(),
+            Err(ReadError::Exited { .. }) => return Ok(()),
+            Err(source) => return Err(failed(source)),
+        };
+        let (sorted, data) = self.sort(space, ranges, &gone, &mut buffer.bytes, counts);
+        for &range in ranges {
+            looked.sent.insert(range);
+        }
+        looked.sent.subtract(&gone);
+        looked.gone.extend(&gone);
+        progress.pages.fetch_add(pages, Ordering::Relaxed);
+        if sorted.is_empty() {
+            return Ok(());
+        }
+        // Runs alternate between kinds at worst; a frame takes only so many.
+        let mut raw = Bytes::from_owner(buffer).slice(..data);
+        for runs in sorted.chunks(MAX_RUNS) {
+            let data = raw.split_to(runs.iter().map(Run::raw_len).sum());
+            let raw_len = data.len();
+            let codec = self.chooser.choose();
+            let start = Instant::now();
+            let frame = self.encoder.encode(space, runs, data, codec)?;
+            let encoded = if raw_len == 0 { 0 } else { frame.payload.len() };
+            self.chooser
+                .encoded(codec, raw_len, encoded, start.elapsed());
+            let wire_len = frame.wire_len() as u64;
+            let waited = self.sink.send(frame)?;
+            if waited > Duration::from_micros(200) {
+                self.chooser.link_took(wire_len, waited);
+            }
+            self.frames += 1;
+            counts.bytes_wire += wire_len;
+            progress.bytes_wire.fetch_add(wire_len, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Sorts pages into data, zero and unchanged. Afterwards `buffer` begins with the data pages, in order; they take as
+    /// many bytes as returned.
+    fn sort(
+        &mut self,
+        space: SpaceId,
+        ranges: &[PageRange],
+        gone: &PageSet,
+        buffer: &mut [u8],
+        counts: &mut Sent,
+    ) -> (Vec<Run>, usize) {
+        let mut runs: Vec<Run> = Vec::new();
+        let (mut from, mut to) = (0, 0);
+        let page_bytes = bytes_of(1);
+        for page in ranges
+            .iter()
+            .flat_map(|range| range.start().0..range.end().0)
+            .map(PageNumber)
+        {
+            let content = &buffer[from..from + page_bytes];
+            let at = from;
+            from += page_bytes;
+            if !gone.is_empty() && gone.contains(page) {
+                continue;
+            }
+            counts.pages += 1;
+            let kind = if is_zero(content) {
+                if self.remembered.is_same(space, page, ZERO_HASH) {
+                    counts.same_pages += 1;
+                    continue;
+                }
+                counts.zero_pages += 1;
+                RunKind::Zero
+            } else {
+                if self.remembered.is_same(space, page, xxh3_128(content)) {
+                    counts.same_pages += 1;
+                    continue;
+                }
+                counts.data_pages += 1;
+                counts.bytes_raw += PAGE_SIZE;
+                buffer.copy_within(at..at + page_bytes, to);
+                to += page_bytes;
+                RunKind::Data
+            };
+            let one = PageRange::from_start_len(page, 1).expect("a page of a range is a range");
+            match runs.last_mut() {
+                Some(last) if last.kind == kind && last.range.end() == page => {
+                    last.range = PageRange::new(last.range.start(), one.end())
+                        .expect("a longer run is a run");
+                }
+                _ => runs.push(Run { range: one, kind }),
+            }
+        }
+        (runs, to)
+    }
+}
+
+/// A worker's frame buffers, used again when the network is done with them.
+///
+/// A new one for every frame would be a fresh mapping each time, and the kernel would zero a MiB for nothing.
+#[derive(Default)]
+struct Buffers {
+    free: Arc<Mutex<Vec<Vec<u8>>>>,
+}
+
+/// One frame's worth of bytes, on loan. What is in it is whatever was read last.
+struct Buffer {
+    bytes: Vec<u8>,
+    home: Arc<Mutex<Vec<Vec<u8>>>>,
+}
+
+impl Buffers {
+    fn take(&self) -> Buffer {
+        let used = self
+            .free
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        Buffer {
+            bytes: used.unwrap_or_else(|| vec![0; bytes_of(MAX_PAGES)]),
+            home: Arc::clone(&self.free),
+        }
+    }
+}
+
+impl AsRef<[u8]> for Buffer {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let bytes = std::mem::take(&mut self.bytes);
+        self.home
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(bytes);
+    }
+}
+
+/// What zero pages are remembered as; no hash of a page is likelier to be it than any other value.
+const ZERO_HASH: u128 = 0;
+
+/// The content the target has of the pages sent last, by hash, in a table of fixed size.
+///
+/// A page that fell out of the table is sent again: that costs bytes, never correctness. 128 bits, so that two
+/// contents of one page do not meet by chance.
+struct Remembered {
+    slots: Vec<Slot>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Slot {
+    /// Space and page, mixed; 0 is empty.
+    key: u64,
+    /// In two words: as a u128 it would be aligned to 16 bytes and a third of the table would be padding.
+    hash: [u64; 2],
+}
+
+impl Remembered {
+    fn new() -> Remembered {
+        Remembered { slots: Vec::new() }
+    }
+
+    /// Whether the page has this content at the target; from now on it has.
+    fn is_same(&mut self, space: SpaceId, page: PageNumber, hash: u128) -> bool {
+        if self.slots.is_empty() {
+            self.slots.resize(
+                REMEMBERED,
+                Slot {
+                    key: 0,
+                    hash: [0; 2],
+                },
+            );
+        }
+        // Page numbers have 45 bits and a container has far fewer than 2^18 spaces: the key is unique but for that.
+        let key = (page.0 << 18) | ((u64::from(space.0) + 1) & 0x3_ffff);
+        let index = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - REMEMBERED.trailing_zeros());
+        let slot = &mut self.slots[usize::try_from(index).expect("the index has 17 bits")];
+        let hash = [hash as u64, (hash >> 64) as u64];
+        let now = Slot { key, hash };
+        std::mem::replace(slot, now) == now
+    }
+}
+
+/// The stream of a page, the same in every round.
+fn stream_of(page: PageNumber, streams: u64) -> u64 {
+    ((page.0 / REGION_PAGES).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) % streams.max(1)
+}
+
+/// `range` cut at the borders of regions.
+fn in_regions(range: PageRange) -> impl Iterator<Item = PageRange> {
+    let mut at = range.start().0;
+    std::iter::from_fn(move || {
+        let end = ((at / REGION_PAGES + 1) * REGION_PAGES).min(range.end().0);
+        let piece = PageRange::new(PageNumber(at), PageNumber(end))?;
+        at = end;
+        Some(piece)
+    })
+}
+
+fn is_zero(page: &[u8]) -> bool {
+    // Folding 64 bytes at a time lets the compiler use vectors, and the first block decides for most pages.
+    let (blocks, rest) = page.as_chunks::<64>();
+    let nothing_set = |block: &[u8]| block.iter().fold(0, |all, byte| all | byte) == 0;
+    blocks.iter().all(|block| nothing_set(block)) && nothing_set(rest)
+}
+
+fn bytes_of(pages: u64) -> usize {
+    usize::try_from(pages * PAGE_SIZE).expect("a frame fits in memory")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::page_frame::{Frame, HEADER_LEN, Header, Scratch};
+    use std::collections::BTreeMap;
+
+    const SPACE: SpaceId = SpaceId(3);
+
+    /// A stream that ends in memory.
+    #[derive(Clone, Default)]
+    struct Kept(Arc<Mutex<Vec<Bytes>>>);
+
+    impl FrameSink for Kept {
+        fn send(&mut self, frame: EncodedFrame) -> io::Result<Duration> {
+            self.0.lock().expect("not poisoned").push(frame.to_bytes());
+            Ok(Duration::ZERO)
+        }
+    }
+
+    impl Kept {
+        /// The pages that came, in order of arrival, with their content; `None` is zero.
+        fn pages(&self) -> Vec<(u64, Option<Vec<u8>>)> {
+            let mut pages = Vec::new();
+            for bytes in self.0.lock().expect("not poisoned").drain(..) {
+                let header = Header::decode(bytes[..HEADER_LEN].try_into().expect("a header"));
+                let frame = Frame::decode(header.expect("sound"), bytes.slice(HEADER_LEN..));
+                let frame = frame.expect("sound");
+                assert_eq!(frame.space(), SPACE);
+                let mut scratch = Scratch::new();
+                let mut data = frame.raw(&mut scratch).expect("sound").chunks(bytes_of(1));
+                for run in frame.runs() {
+                    for page in run.range.start().0..run.range.end().0 {
+                        let content = match run.kind {
+                            RunKind::Data => Some(data.next().expect("a data page").to_vec()),
+                            RunKind::Zero => None,
+                        };
+                        pages.push((page, content));
+                    }
+                }
+            }
+            pages
+        }
+    }
+
+    /// Memory of this process, on page borders, over several regions.
+    struct Memory {
+        bytes: Vec<u8>,
+        first: PageNumber,
+        pages: u64,
+    }
+
+    impl Memory {
+        fn new(pages: u64) -> Memory {
+            let bytes = vec![0; bytes_of(pages + 1)];
+            let first = PageNumber((bytes.as_ptr() as u64).div_ceil(PAGE_SIZE));
+            Memory {
+                bytes,
+                first,
+                pages,
+            }
+        }
+
+        fn page(&mut self, index: u64) -> &mut [u8] {
+            let start =
+                usize::try_from((self.first.0 + index) * PAGE_SIZE - self.bytes.as_ptr() as u64);
+            let start = start.expect("inside");
+            &mut self.bytes[start..start + bytes_of(1)]
+        }
+
+        fn to_send(&self) -> Vec<PagesToSend> {
+            let range = PageRange::from_start_len(self.first, self.pages).expect("not empty");
+            vec![PagesToSend {
+                space: SPACE,
+                pid: std::process::id().cast_signed(),
+                pages: [range].into_iter().collect(),
+            }]
+        }
+    }
+
+    fn sender(streams: usize) -> (Sender<Kept>, Vec<Kept>) {
+        let kept: Vec<Kept> = (0..streams).map(|_| Kept::default()).collect();
+        (Sender::new(kept.clone(), Compression::Auto), kept)
+    }
+
+    #[test]
+    fn every_page_arrives_once_with_its_content_and_zero_pages_cost_nothing() {
+        let mut memory = Memory::new(1500);
+        for index in (0..1500).step_by(3) {
+            let byte = u8::try_from(index % 251 + 1).expect("small");
+            memory.page(index).fill(byte);
+        }
+        let (mut sender, kept) = sender(2);
+        let sent = sender
+            .send(&memory.to_send(), &Progress::default())
+            .expect("sent");
+        assert_eq!(
+            (sent.pages, sent.data_pages, sent.zero_pages),
+            (1500, 500, 1000)
+        );
+        assert_eq!(sent.bytes_raw, 500 * PAGE_SIZE);
+        let mut arrived = BTreeMap::new();
+        for (page, content) in kept.iter().flat_map(Kept::pages) {
+            assert!(
+                arrived.insert(page, content).is_none(),
+                "page {page:#x} came twice"
+            );
+        }
+        for index in 0..1500 {
+            let content = arrived.remove(&(memory.first.0 + index)).expect("it came");
+            let zero = memory.page(index).iter().all(|&byte| byte == 0);
+            assert_eq!(content.as_deref(), (!zero).then_some(&*memory.page(index)));
+        }
+        assert!(arrived.is_empty());
+        assert_eq!(sender.sent(SPACE).map(PageSet::pages), Some(1500));
+    }
+
+    #[test]
+    fn a_page_the_target_has_is_not_sent_again_until_it_changes() {
+        let mut memory = Memory::new(100);
+        for index in 0..100 {
+            memory.page(index).fill(7);
+        }
+        let (mut sender, kept) = sender(1);
+        sender
+            .send(&memory.to_send(), &Progress::default())
+            .expect("sent");
+        kept[0].pages();
+        memory.page(5).fill(8);
+        memory.page(6).fill(0);
+        let sent = sender
+            .send(&memory.to_send(), &Progress::default())
+            .expect("sent");
+        assert_eq!(
+            (sent.same_pages, sent.data_pages, sent.zero_pages),
+            (98, 1, 1)
+        );
+        let base = memory.first.0;
+        assert_eq!(
+            kept[0].pages(),
+            [(base + 5, Some(vec![8; bytes_of(1)])), (base + 6, None)]
+        );
+    }
+
+    #[test]
+    fn a_page_always_takes_the_same_stream() {
+        let mut memory = Memory::new(3000);
+        let (mut sender, kept) = sender(3);
+        let mut streams = BTreeMap::new();
+        for round in 1..4 {
+            for index in 0..3000 {
+                memory.page(index).fill(round);
+            }
+            sender
+                .send(&memory.to_send(), &Progress::default())
+                .expect("sent");
+            for (stream, kept) in kept.iter().enumerate() {
+                for (page, _) in kept.pages() {
+                    assert_eq!(*streams.entry(page).or_insert(stream), stream);
+                }
+            }
+        }
+        assert_eq!(streams.len(), 3000);
+    }
+
+    #[test]
+    fn pages_that_are_gone_are_left_out() {
+        let mut memory = Memory::new(4);
+        memory.page(0).fill(1);
+        let mut to_send = memory.to_send();
+        // The first page of an address space is never mapped.
+        to_send[0]
+            .pages
+            .insert(PageRange::from_start_len(PageNumber(0), 1).expect("a page"));
+        let (mut sender, kept) = sender(1);
+        let sent = sender.send(&to_send, &Progress::default()).expect("sent");
+        assert_eq!(sent.pages, 4);
+        assert!(kept[0].pages().iter().all(|(page, _)| *page != 0));
+        let sent = sender.sent(SPACE).expect("some");
+        assert!(
+            !sent.contains(PageNumber(0)),
+            "a page that was not read counts as missing"
+        );
+    }
+
+    #[test]
+    fn a_cancelled_send_stops() {
+        let mut memory = Memory::new(600);
+        memory.page(0).fill(1);
+        let (mut sender, _kept) = sender(1);
+        let progress = Progress::default();
+        progress.cancelled.store(true, Ordering::Relaxed);
+        let stopped = sender.send(&memory.to_send(), &progress);
+        assert!(matches!(stopped, Err(SendError::Cancelled)));
+    }
+}

@@ -1,0 +1,351 @@
+//! Learning how a migration ended, and ending it here: what is left to do after a crash or a lost reply.
+//!
+//! The journal says where the handover stood; the same table as in a running migration says what to do. Only the
+//! target's word settles a migration in which *commit* may have been sent: until then the container stays frozen.
+
+use super::link::{Link, LinkError};
+use super::plan::Plan;
+use super::remains::{self, LeftCopy};
+use crate::journal::{Journal, JournalDir, JournalError, JournalName};
+use crate::migration::event::Side;
+use crate::migration::handoff::source::SourceRecord;
+use crate::migration::handoff::{Course, SourceAction, SourceEvent, SourceState};
+use crate::migration::journal::{self, FoldError, Leftover, Record, Recovered, RecoveredSource};
+use crate::migration::{JournalId, MigrationId, PeerAddress};
+use crate::runtime::runc::Runc;
+use crate::runtime::{Freezer, Task};
+use crate::transport::{Connector, Identity, Settings, TrustStore};
+use crate::wire::message::{Fate, Message, Query};
+use crate::wire::peer_error::PeerError;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// Between two questions to a target that does not know yet or cannot be reached.
+pub const PAUSE: Duration = Duration::from_millis(500);
+
+/// How long an answer may take.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a CRIU whose engine died may take to undo or finish its dump.
+const CRIU_PATIENCE: Duration = Duration::from_secs(20);
+
+/// Why a migration could not be settled.
+#[derive(Debug, Error)]
+pub enum SettleError {
+    /// The journal cannot be used.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The journal holds what no engine wrote; the migration is left alone.
+    #[error("the journal of migration {migration} is damaged, nothing was done: {source}")]
+    Damaged {
+        /// The migration.
+        migration: MigrationId,
+        /// What is wrong.
+        source: FoldError,
+    },
+}
+
+/// How a migration from here ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Settled {
+    /// It had ended before, and nothing was left to do.
+    Already,
+    /// The container lives at the target.
+    Committed,
+    /// It goes on here.
+    RolledBack,
+    /// The target has not said; the container stays frozen.
+    Unknown {
+        /// What stood in the way, last.
+        reason: String,
+    },
+}
+
+/// A question to a target about a migration.
+#[derive(Clone, Copy, Debug)]
+pub struct Question<'a> {
+    /// Where identity and trust store are.
+    pub state_dir: &'a Path,
+    /// Whom to ask.
+    pub target: &'a PeerAddress,
+    /// About what.
+    pub migration: MigrationId,
+    /// The journal whose word counts.
+    pub target_journal: JournalId,
+}
+
+impl Question<'_> {
+    /// Asks once. The text says what the answer was, for people.
+    pub fn ask(&self) -> (SourceEvent, String) {
+        match self.answer() {
+            Ok(Some((journal, fate))) => (
+                self.meaning(journal, fate),
+                format!("the target says {fate:?}"),
+            ),
+            Ok(None) => (
+                SourceEvent::TargetUnreachable,
+                format!("{} gives no answer", self.target),
+            ),
+            Err(error) => (SourceEvent::TargetUnreachable, error.to_string()),
+        }
+    }
+
+    fn meaning(&self, journal: JournalId, fate: Fate) -> SourceEvent {
+        match fate {
+            Fate::Committed => SourceEvent::TargetSaysCommitted,
+            Fate::RolledBack => SourceEvent::TargetSaysRolledBack,
+            Fate::InProgress => SourceEvent::TargetSaysPending,
+            // "Never heard of it" proves something only from the journal that prepared it.
+            Fate::UnknownMigration if journal == self.target_journal => {
+                SourceEvent::TargetNeverHeard
+            }
+            Fate::UnknownMigration => SourceEvent::TargetJournalLost,
+        }
+    }
+
+    fn answer(&self) -> Result<Option<(JournalId, Fate)>, LinkError> {
+        let (heard, answers) = mpsc::channel();
+        let connector = connector(self.state_dir, None)?;
+        let mut link = Link::connect(self.target, connector, heard, |said| said)?;
+        link.say(Query {
+            migration: self.migration,
+        })?;
+        let deadline = Instant::now() + ANSWER_PATIENCE;
+        let mut answer = None;
+        while let Some(left) = deadline.checked_duration_since(Instant::now()) {
+            match answers.recv_timeout(left) {
+                Ok(Ok(Message::Outcome(outcome))) => {
+                    answer = Some((outcome.journal, outcome.fate));
+                    break;
+                }
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => return Err(error.into()),
+                Err(_) => break,
+            }
+        }
+        link.close(PeerError::Done);
+        Ok(answer)
+    }
+}
+
+/// What connects to targets as this host.
+pub fn connector(state_dir: &Path, settings: Option<Settings>) -> Result<Connector, LinkError> {
+    let identity = Identity::load_or_create(state_dir)?;
+    let trust = TrustStore::in_dir(state_dir);
+    Ok(Connector::new(
+        Arc::new(identity),
+        trust,
+        settings.unwrap_or_default(),
+    ))
+}
+
+/// Whether there is a journal of this migration from here.
+pub fn is_known(state_dir: &Path, migration: MigrationId) -> bool {
+    let name = JournalName {
+        migration,
+        side: Side::Source,
+    };
+    JournalDir::open(state_dir).is_ok_and(|journals| journals.file(name).exists())
+}
+
+/// Settles the migration `migration` from here, asking the target for at most `patience` if only it can know.
+///
+/// `None` if there is no such migration or it is still running.
+pub fn settle(
+    state_dir: &Path,
+    migration: MigrationId,
+    patience: Duration,
+) -> Result<Option<Settled>, SettleError> {
+    let journals = JournalDir::open(state_dir)?;
+    let name = JournalName {
+        migration,
+        side: Side::Source,
+    };
+    if journals.read(name)?.is_none() {
+        return Ok(None);
+    }
+    let (journal, records) = match journals.reopen(name) {
+        Err(JournalError::InUse { .. }) => return Ok(None),
+        opened => opened?,
+    };
+    let recovered = match journal::fold(&records) {
+        Ok(Recovered::Source(recovered)) => recovered,
+        Ok(Recovered::Target(_)) => return Ok(None),
+        Err(source) => return Err(SettleError::Damaged { migration, source }),
+    };
+    if matches!(
+        recovered.last,
+        SourceRecord::RolledBack | SourceRecord::Closed
+    ) {
+        let work_dir = Plan::work_dir(state_dir, migration);
+        let untidy = work_dir.exists();
+        if let Err(error) = remains::remove_work(&work_dir) {
+            tracing::warn!(%error, path = %work_dir.display(), "cannot remove the working directory");
+        }
+        if !untidy {
+            return Ok(Some(Settled::Already));
+        }
+    }
+    let recovery = Recovery {
+        state_dir,
+        recovered: &recovered,
+        journal,
+        reason: String::new(),
+    };
+    Ok(Some(recovery.run(patience)))
+}
+
+/// A migration being ended after its process died.
+struct Recovery<'a> {
+    state_dir: &'a Path,
+    recovered: &'a RecoveredSource,
+    journal: Journal,
+    reason: String,
+}
+
+impl Recovery<'_> {
+    fn run(mut self, patience: Duration) -> Settled {
+        let deadline = Instant::now() + patience;
+        let mut course = Course::<SourceState>::recover(self.recovered.last);
+        while let Some(action) = course.next_action() {
+            if let Some(event) = self.perform(action)
+                && let Err(impossible) = course.on(event)
+            {
+                tracing::error!(%impossible, "recovery stays where it is");
+            }
+            if course.state() == SourceState::Unknown {
+                if Instant::now() > deadline {
+                    return Settled::Unknown {
+                        reason: self.reason,
+                    };
+                }
+                thread::sleep(PAUSE);
+            }
+        }
+        let work_dir = Plan::work_dir(self.state_dir, self.recovered.opened.migration);
+        if let Err(error) = remains::remove_work(&work_dir) {
+            tracing::warn!(%error, path = %work_dir.display(), "cannot remove the working directory");
+        }
+        match course.state() {
+            SourceState::Committed => Settled::Committed,
+            _ => Settled::RolledBack,
+        }
+    }
+
+    fn perform(&mut self, action: SourceAction) -> Option<SourceEvent> {
+        match action {
+            SourceAction::AskTarget => {
+                let Some(target_journal) = self.recovered.target_journal else {
+                    return Some(SourceEvent::TargetUnreachable);
+                };
+                let question = Question {
+                    state_dir: self.state_dir,
+                    target: &self.recovered.opened.peer,
+                    migration: self.recovered.opened.migration,
+                    target_journal,
+                };
+                let (event, reason) = question.ask();
+                tracing::info!(%reason, "asked the target");
+                self.reason = reason;
+                Some(event)
+            }
+            SourceAction::ResumeContainer => {
+                // On record first: a hook that still holds the dump reads it and makes CRIU let go.
+                self.write(&Record::RolledBack);
+                self.wait_for_dump();
+                if self.same_boot() {
+                    let opened = &self.recovered.opened;
+                    let went_on = remains::let_go_on(
+                        &Runc::new(&opened.runtime_root),
+                        opened.container.as_str(),
+                        &self.freezer(),
+                        opened.init.pid,
+                    );
+                    self.tidy("let the container go on", went_on);
+                }
+                None
+            }
+            SourceAction::DestroyFrozenCopy => {
+                if self.same_boot() {
+                    self.tidy(
+                        "kill the frozen copy",
+                        remains::kill_frozen(&self.freezer()),
+                    );
+                    self.wait_for_dump();
+                    let opened = &self.recovered.opened;
+                    let copy = LeftCopy {
+                        runc: &Runc::new(&opened.runtime_root),
+                        id: opened.container.as_str(),
+                        freezer: &self.freezer(),
+                        bundle: &opened.bundle,
+                        state_dir: self.state_dir,
+                    };
+                    self.tidy("remove the frozen copy", copy.destroy());
+                }
+                None
+            }
+            SourceAction::RecordCommitted => self.write(&Record::Committed),
+            SourceAction::RecordRolledBack => self.write(&Record::RolledBack),
+            SourceAction::RecordClosed => self.write(&Record::Closed),
+            // The target learns from its own timer; the rest belongs to a migration on its way forward.
+            _ => None,
+        }
+    }
+
+    fn write(&mut self, record: &Record) -> Option<SourceEvent> {
+        let written = self.journal.append(record);
+        written.err().map(|error| {
+            tracing::warn!(%error, "the outcome is not on record");
+            SourceEvent::RecordFailed
+        })
+    }
+
+    /// Waits for the dump that the dead engine started, and kills what does not end.
+    fn wait_for_dump(&self) {
+        let deadline = Instant::now() + CRIU_PATIENCE;
+        for leftover in &self.recovered.leftovers {
+            let Leftover::Process { what, process } = leftover else {
+                continue;
+            };
+            let task = Task {
+                pid: process.pid,
+                vpid: process.pid,
+                start_time: process.start_time,
+                zombie: false,
+            };
+            while self.same_boot() && task.exists() && Instant::now() < deadline {
+                thread::sleep(Duration::from_millis(5));
+            }
+            if self.same_boot() && task.exists() {
+                tracing::warn!(what, pid = process.pid, "still there: killed");
+                let pid = nix::unistd::Pid::from_raw(process.pid);
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
+        }
+    }
+
+    fn same_boot(&self) -> bool {
+        crate::kernel::boot_id().is_ok_and(|now| now == self.recovered.opened.boot_id)
+    }
+
+    fn freezer(&self) -> Freezer {
+        freezer_on_record(&self.recovered.opened.freezer)
+    }
+
+    fn tidy<E: std::fmt::Display>(&self, what: &'static str, result: Result<(), E>) {
+        if let Err(error) = result {
+            tracing::error!(%error, "could not {what}");
+        }
+    }
+}
+
+fn freezer_on_record(freezer: &journal::Freezer) -> Freezer {
+    match freezer {
+        journal::Freezer::V1 { path } => Freezer::V1(path.clone()),
+        journal::Freezer::V2 { path } => Freezer::V2(path.clone()),
+    }
+}

@@ -1,0 +1,607 @@
+//! A container that arrives: the target's side of one migration.
+//!
+//! ```text
+//!  accepted ─▶ pages, files, root filesystem come in
+//!  prestart ─▶ pager and runc restore start up, CRIU waits for its inventory
+//!  manifest ─▶ everything is there? compose ─▶ inventory ─▶ CRIU restores
+//!  hook     ─▶ held before its first instruction ─▶ journal: prepared ─▶ "prepared"
+//!  commit   ─▶ journal: committed ─▶ hook lets go ─▶ it runs ─▶ journal: released ─▶ "committed"
+//!           ─▶ the pager fills what is left ─▶ "filled"
+//! ```
+//!
+//! Who may run the container is decided by the table of [`crate::migration::handoff`] alone; this file carries it out.
+
+mod copy;
+
+use super::page_store::{PageStore, PageStoreLimits};
+use super::pager::{PagerEvent, PagerHandle};
+use super::receive::Receiver;
+use super::remains::Copy;
+use super::restore::{INVENTORY, Restore};
+use super::rootfs::{Limits, RootfsTarget};
+use crate::criu::binary::Criu;
+use crate::criu::hook::{HookServer, WaitingHook};
+use crate::criu::kernel_cache::KernelCache;
+use crate::fault;
+use crate::journal::{Journal, JournalDir, JournalName};
+use crate::migration::JournalId;
+use crate::migration::event::Side;
+use crate::migration::handoff::{Course, TargetAction, TargetEvent, TargetState};
+use crate::migration::journal::{Record, TargetOpened};
+use crate::runtime::home::home_of;
+use crate::runtime::runc::Runc;
+use crate::transport::{BlockingStream, Connection, ControlSender, TransportError, TwoWay};
+use crate::wire::message::{self, Begin, Fate, Manifest, Message, RootfsMode};
+use crate::wire::peer_error::PeerError;
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver as Signals, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
+
+/// How long a prepared copy waits for a source it lost.
+const ORPHAN_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long announced pages and files may take to arrive.
+const ARRIVAL_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long CRIU may take to restore, and to let go.
+const RESTORE_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long the pager may take for a step.
+const PAGER_PATIENCE: Duration = Duration::from_secs(20);
+
+/// Between two attempts to remove what does not go.
+const DISCARD_PAUSE: Duration = Duration::from_millis(500);
+
+/// How the agent is set up.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// Journals, identity, containers and working files.
+    pub state_dir: PathBuf,
+    /// The runtime.
+    pub runc: Runc,
+    /// CRIU.
+    pub criu: Criu,
+    /// CRIU's kernel cache.
+    pub cache: KernelCache,
+    /// The `migrate` program, which hooks and pager are started from.
+    pub program: PathBuf,
+    /// Whether CRIU can restore through userfaultfd here.
+    pub lazy: bool,
+}
+
+/// What reaches an arrival from outside.
+#[derive(Debug)]
+pub enum Signal {
+    /// The source, or the end of the connection to it.
+    Heard(Result<Message, TransportError>),
+    /// CRIU holds the restored copy.
+    Hook(WaitingHook),
+    /// A hook that was held is gone without an answer.
+    HookGone,
+    /// The root filesystem's stream is done, or why it failed.
+    Rootfs(Result<(), String>),
+    /// The source asks on another connection; the answer goes here.
+    Query(Sender<Fate>),
+}
+
+/// One arrival.
+pub struct Arrival<'a> {
+    host: &'a Host,
+    begin: &'a Begin,
+    journal: Journal,
+    journal_id: JournalId,
+    control: Option<ControlSender>,
+    runtime: Handle,
+    signals: Signals<Signal>,
+    signal: Sender<Signal>,
+    work: PathBuf,
+    home: PathBuf,
+    /// What the restore makes, to be removed if the runtime cannot.
+    cgroups: Vec<PathBuf>,
+    store: Arc<PageStore>,
+    receiver: Receiver,
+    course: Course<TargetState>,
+    askers: Vec<Sender<Fate>>,
+    pages_apart: bool,
+    hooks: Option<HookServer>,
+    hook: Option<WaitingHook>,
+    restore: Option<Restore>,
+    pager: Option<PagerHandle>,
+    /// The pager holds every userfaultfd.
+    armed: bool,
+    deadline: Option<Instant>,
+    reason: Option<(PeerError, String)>,
+    manifest: Option<Manifest>,
+    times: Times,
+    released: Option<Instant>,
+    filled: bool,
+}
+
+#[derive(Default)]
+struct Times {
+    compose: Duration,
+    restore_began: Option<Instant>,
+    restore: Duration,
+    resume: Duration,
+}
+
+impl<'a> Arrival<'a> {
+    /// Makes room for a container that was accepted, and begins to take it in.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the parts of an arrival, gathered once"
+    )]
+    pub fn begin(
+        host: &'a Host,
+        begin: &'a Begin,
+        connection: &Connection,
+        control: ControlSender,
+        runtime: &Handle,
+        signal: Sender<Signal>,
+        signals: Signals<Signal>,
+        journals: &JournalDir,
+    ) -> Result<Arrival<'a>, String> {
+        let text = |error: &dyn std::fmt::Display| error.to_string();
+        let work = host
+            .state_dir
+            .join("work")
+            .join(begin.migration.to_string());
+        let home = home_of(&host.state_dir, begin.container.as_str());
+        let opened = TargetOpened {
+            migration: begin.migration,
+            container: begin.container.clone(),
+            runtime_root: host.runc.root().to_path_buf(),
+            bundle: home.clone(),
+            peer_fingerprint: connection.peer().fingerprint.to_string(),
+            peer_name: connection.peer().name.to_string(),
+            work_dir: work.clone(),
+            boot_id: crate::kernel::boot_id().map_err(|error| text(&error))?,
+        };
+        let name = JournalName {
+            migration: begin.migration,
+            side: Side::Target,
+        };
+        let journal = journals
+            .create(name, &Record::TargetOpened(opened))
+            .map_err(|error| text(&error))?;
+        let limits = PageStoreLimits {
+            spaces: MOST_SPACES,
+            // Pages may be written anew while they are counted; what a peer says it needs is held to twice.
+            bytes: begin
+                .requirements
+                .memory_bytes
+                .saturating_mul(2)
+                .saturating_add(PAGE_RESERVE),
+        };
+        let store = Arc::new(PageStore::new(limits));
+        let images = work.join("images");
+        // Root filesystems hold setuid programs and devices: only root may pass through here.
+        let mut private = DirBuilder::new();
+        private.recursive(true).mode(0o700);
+        for directory in [&images, &work.join("work"), &home] {
+            private
+                .create(directory)
+                .map_err(|error| format!("cannot make {}: {error}", directory.display()))?;
+        }
+        let receiver = Receiver::start(
+            connection,
+            runtime,
+            begin.requirements.page_streams,
+            &store,
+            &images,
+            (INVENTORY, work.join(INVENTORY)),
+            begin
+                .requirements
+                .memory_bytes
+                .saturating_mul(2)
+                .saturating_add(IMAGE_RESERVE),
+        );
+        let arrival = Arrival {
+            host,
+            begin,
+            journal,
+            journal_id: journals.id(),
+            control: Some(control),
+            runtime: runtime.clone(),
+            signals,
+            signal,
+            work,
+            home,
+            cgroups: Vec::new(),
+            store,
+            receiver,
+            course: Course::start(),
+            askers: Vec::new(),
+            pages_apart: false,
+            hooks: None,
+            hook: None,
+            restore: None,
+            pager: None,
+            armed: false,
+            deadline: None,
+            reason: None,
+            manifest: None,
+            times: Times::default(),
+            released: None,
+            filled: false,
+        };
+        if begin.requirements.rootfs == RootfsMode::Copied {
+            arrival.receive_rootfs(connection)?;
+        }
+        Ok(arrival)
+    }
+
+    /// Carries the arrival to its end: the container runs and is whole, or nothing of it is left.
+    pub fn run(mut self) -> TargetState {
+        loop {
+            let event = match self.course.next_action() {
+                Some(action) => self.perform(action),
+                None if self.course.state() == TargetState::Aborted => break,
+                None if self.course.state() == TargetState::Released && self.filled => break,
+                None => self.next_event(),
+            };
+            if let Some(event) = event {
+                self.take(event);
+            }
+        }
+        let remove = self.copy().remove_work();
+        drop(self.hooks.take());
+        if let Err(error) = remove {
+            tracing::warn!(%error, "the working directory stays");
+        }
+        self.course.state()
+    }
+
+    fn take(&mut self, event: TargetEvent) {
+        let before = self.course.state();
+        match self.course.on(event) {
+            Ok(ignored) => {
+                tracing::debug!(?before, ?event, after = ?self.course.state(), ignored, "handover")
+            }
+            Err(impossible) => tracing::error!(%impossible, "the handover stays where it is"),
+        }
+    }
+
+    fn next_event(&mut self) -> Option<TargetEvent> {
+        // While a restore is awaited its end is polled for; otherwise everything comes as a signal.
+        let wait = match self.course.state() {
+            TargetState::Restoring | TargetState::Releasing => Duration::from_micros(300),
+            _ => Duration::from_millis(20),
+        };
+        if let Ok(signal) = self.signals.recv_timeout(wait) {
+            return self.event_of(signal);
+        }
+        if self
+            .deadline
+            .is_some_and(|deadline| Instant::now() > deadline)
+        {
+            self.deadline = None;
+            self.because(
+                PeerError::TimedOut,
+                format!("nothing came in state {:?}", self.course.state()),
+            );
+            return Some(TargetEvent::Timeout);
+        }
+        if let Some(error) = self.receiver.failure()
+            && !self.course.state().is_settled()
+            && self.course.state() == TargetState::Receiving
+        {
+            self.because(PeerError::ReceiveFailed, error.to_string());
+            return Some(TargetEvent::LocalFailure);
+        }
+        self.restore_ended().or_else(|| self.pager_event())
+    }
+
+    fn restore_ended(&mut self) -> Option<TargetEvent> {
+        let ended = self.restore.as_mut()?.poll().ok()??;
+        self.restore = None;
+        match ended {
+            Ok(()) if self.course.state() == TargetState::Releasing => {
+                self.times.resume = self
+                    .released
+                    .map_or(Duration::ZERO, |released| released.elapsed());
+                Some(TargetEvent::Resumed)
+            }
+            Ok(()) => None,
+            Err(words) => {
+                self.because(PeerError::RestoreFailed, words);
+                Some(TargetEvent::RestoreFailed)
+            }
+        }
+    }
+
+    fn pager_event(&mut self) -> Option<TargetEvent> {
+        if self.course.state().is_settled() && self.pager.is_none() {
+            self.filled = true;
+            return None;
+        }
+        match self.pager.as_mut()?.next_event(Duration::ZERO) {
+            Ok(None) => None,
+            Ok(Some(PagerEvent::Done(summary))) => {
+                tracing::info!(?summary, "every page is in its place");
+                self.pager = None;
+                self.filled = true;
+                self.say(message::Filled {
+                    after_release_us: self
+                        .released
+                        .map_or(0, |released| micros(released.elapsed())),
+                });
+                None
+            }
+            Ok(Some(PagerEvent::Failed { reason }))
+                if self.course.state() != TargetState::Released =>
+            {
+                self.because(PeerError::FillFailed, reason);
+                Some(TargetEvent::PagerLost)
+            }
+            Ok(Some(PagerEvent::Armed { .. })) => {
+                self.armed = true;
+                None
+            }
+            Ok(Some(event)) => {
+                tracing::debug!(?event, "pager");
+                None
+            }
+            Err(error) => {
+                self.because(PeerError::FillFailed, error.to_string());
+                self.pager = None;
+                self.filled = true;
+                Some(TargetEvent::PagerLost)
+            }
+        }
+    }
+
+    fn event_of(&mut self, signal: Signal) -> Option<TargetEvent> {
+        match signal {
+            Signal::Heard(Ok(message)) => self.event_of_message(message),
+            Signal::Heard(Err(error)) => {
+                self.control = None;
+                tracing::info!(%error, state = ?self.course.state(), "the source is gone");
+                self.reason
+                    .get_or_insert((PeerError::SourceLost, error.to_string()));
+                Some(TargetEvent::PeerLost)
+            }
+            Signal::Hook(hook) => {
+                self.times.restore = self
+                    .times
+                    .restore_began
+                    .map_or(Duration::ZERO, |began| began.elapsed());
+                self.hook = Some(hook);
+                Some(TargetEvent::HookReached)
+            }
+            Signal::HookGone => {
+                self.hook.take()?;
+                self.because(
+                    PeerError::RestoreFailed,
+                    "the hook that held the copy is gone".into(),
+                );
+                Some(TargetEvent::HookLost)
+            }
+            Signal::Rootfs(Ok(())) => None,
+            Signal::Rootfs(Err(reason)) => {
+                if self.course.state() != TargetState::Receiving {
+                    return None;
+                }
+                self.because(PeerError::FilesFailed, reason);
+                Some(TargetEvent::LocalFailure)
+            }
+            Signal::Query(asker) => {
+                self.askers.push(asker);
+                Some(TargetEvent::Query)
+            }
+        }
+    }
+
+    fn event_of_message(&mut self, message: Message) -> Option<TargetEvent> {
+        let done = match message {
+            Message::RoundEnd(end) => self
+                .receiver
+                .wait_for_frames(&end.frames_per_stream, ARRIVAL_PATIENCE)
+                .map_err(|error| (PeerError::ReceiveFailed, error.to_string()))
+                .map(|()| {
+                    self.say(message::RoundReceived { round: end.round });
+                    None
+                }),
+            Message::Prestart(prestart) => self.prestart(&prestart).map(|()| None),
+            Message::Manifest(manifest) => self
+                .everything_is_here(manifest)
+                .map(|()| Some(TargetEvent::SkeletonComplete)),
+            Message::Commit(_) => return Some(TargetEvent::Commit),
+            Message::Abort(abort) => {
+                self.because(PeerError::SourceAborted, abort.text.to_string());
+                return Some(TargetEvent::Abort);
+            }
+            unexpected => {
+                self.because(PeerError::Unexpected, unexpected.name().to_string());
+                return Some(TargetEvent::PeerViolation);
+            }
+        };
+        match done {
+            Ok(event) => event,
+            Err((code, reason)) => {
+                self.because(code, reason);
+                Some(TargetEvent::LocalFailure)
+            }
+        }
+    }
+
+    fn perform(&mut self, action: TargetAction) -> Option<TargetEvent> {
+        fault::before("target", action);
+        match action {
+            TargetAction::StartRestore => self.start_restore().err().map(|(code, reason)| {
+                self.because(code, reason);
+                TargetEvent::LocalFailure
+            }),
+            TargetAction::VerifyCopy => Some(match self.verify_copy() {
+                Ok(()) => TargetEvent::CopyVerified,
+                Err(reason) => {
+                    self.because(PeerError::FillFailed, reason);
+                    TargetEvent::LocalFailure
+                }
+            }),
+            TargetAction::RecordPrepared => Some(self.record(&Record::Prepared)),
+            TargetAction::AnswerPrepared => {
+                self.deadline = None;
+                self.say(message::Prepared {
+                    journal: self.journal_id,
+                    compose_us: micros(self.times.compose),
+                    restore_us: micros(self.times.restore),
+                    filled_pages: 0,
+                });
+                None
+            }
+            TargetAction::StartOrphanTimer => {
+                self.deadline = Some(Instant::now() + fault::patience(ORPHAN_PATIENCE));
+                None
+            }
+            TargetAction::RecordCommitted => {
+                self.deadline = None;
+                Some(self.record(&Record::Committed))
+            }
+            TargetAction::ReleaseCopy => self.release_copy(),
+            TargetAction::InspectCopy => Some(self.inspect_copy()),
+            TargetAction::RecordReleased => {
+                let written = self.record(&Record::Released);
+                (written == TargetEvent::RecordFailed).then_some(written)
+            }
+            TargetAction::AnswerCommitted => {
+                self.deadline = None;
+                self.say(message::Committed {
+                    resume_us: micros(self.times.resume),
+                    fill_us: 0,
+                });
+                self.answer(Fate::Committed);
+                None
+            }
+            TargetAction::KillCopy => {
+                tracing::error!(container = %self.begin.container, "its missing pages are lost: the container is killed");
+                self.copy().kill();
+                None
+            }
+            TargetAction::DiscardCopy => Some(self.discard_copy()),
+            TargetAction::RecordAborted => {
+                let written = self.record(&Record::Aborted);
+                if written == TargetEvent::RecordFailed {
+                    thread::sleep(DISCARD_PAUSE);
+                }
+                Some(written)
+            }
+            TargetAction::AnswerRolledBack => {
+                let (code, text) = self
+                    .reason
+                    .clone()
+                    .unwrap_or((PeerError::Internal, String::new()));
+                tracing::info!(container = %self.begin.container, %code, text, "rolled back");
+                self.say(message::RolledBack {
+                    code,
+                    text: text.as_str().into(),
+                });
+                self.answer(Fate::RolledBack);
+                None
+            }
+            TargetAction::AnswerPending => {
+                self.answer(Fate::InProgress);
+                None
+            }
+        }
+    }
+
+    fn receive_rootfs(&self, connection: &Connection) -> Result<(), String> {
+        let limits = Limits {
+            // Files grow while they are copied; what a peer says it needs is held to twice.
+            bytes: self
+                .begin
+                .requirements
+                .rootfs_bytes
+                .saturating_mul(2)
+                .saturating_add(ROOTFS_RESERVE),
+            entries: Limits::MAX_ENTRIES,
+        };
+        let mut target = RootfsTarget::new(&self.home.join("rootfs"), limits)
+            .map_err(|error| error.to_string())?;
+        let (connection, runtime, signal) = (
+            connection.clone(),
+            self.runtime.clone(),
+            self.signal.clone(),
+        );
+        thread::spawn(move || {
+            let served = match runtime.block_on(connection.accept_stream(TwoWay::Rootfs)) {
+                Ok((_, send, receive)) => {
+                    let mut stream = BlockingStream::new(send, receive, connection);
+                    target
+                        .serve(&mut stream)
+                        .map_err(|error| crate::chain::one_line(&error))
+                }
+                Err(error) => Err(error.to_string()),
+            };
+            let _ = signal.send(Signal::Rootfs(served));
+        });
+        Ok(())
+    }
+
+    fn is_lazy(&self) -> bool {
+        self.host.lazy && self.pages_apart
+    }
+
+    fn copy(&self) -> Copy<'_> {
+        Copy {
+            runc: &self.host.runc,
+            id: self.begin.container.as_str(),
+            home: &self.home,
+            work: &self.work,
+            cgroups: &self.cgroups,
+        }
+    }
+
+    fn record(&mut self, record: &Record) -> TargetEvent {
+        match self.journal.append(record) {
+            Ok(()) => TargetEvent::RecordWritten,
+            Err(error) => {
+                self.because(PeerError::StorageFull, error.to_string());
+                TargetEvent::RecordFailed
+            }
+        }
+    }
+
+    /// Says something to the source; one that is gone will ask.
+    pub fn say(&mut self, message: impl Into<Message>) {
+        let Some(control) = &mut self.control else {
+            return;
+        };
+        if let Err(error) = self.runtime.block_on(control.send(message)) {
+            tracing::debug!(%error, "the source does not hear");
+        }
+    }
+
+    fn answer(&mut self, fate: Fate) {
+        for asker in self.askers.drain(..) {
+            let _ = asker.send(fate);
+        }
+    }
+
+    fn because(&mut self, code: PeerError, reason: String) {
+        tracing::info!(state = ?self.course.state(), %code, %reason, "a step failed");
+        self.reason.get_or_insert((code, reason));
+    }
+}
+
+/// The most address spaces of one container: each takes a descriptor here and in the pager.
+const MOST_SPACES: usize = 4096;
+
+/// Bytes of pages above what the source announced: processes start and grow meanwhile.
+const PAGE_RESERVE: u64 = 256 << 20;
+
+/// Bytes of images above the announced memory.
+const IMAGE_RESERVE: u64 = 256 << 20;
+
+/// Bytes of files above the announced root filesystem.
+const ROOTFS_RESERVE: u64 = 256 << 20;
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,311 @@
+//! The copy: its restore started, held, released, looked at or taken away again.
+
+use super::{ARRIVAL_PATIENCE, Arrival, DISCARD_PAUSE, PAGER_PATIENCE, RESTORE_PATIENCE, Signal};
+use crate::criu::environment::Environment;
+use crate::criu::hook::HookServer;
+use crate::criu::options::Options;
+use crate::migration::handoff::TargetEvent;
+use crate::migration::journal::{Leftover, ProcessName, Record};
+use crate::runtime::{Task, cgroup};
+use crate::target::compose::{Delivery, compose};
+use crate::target::pager::{PagerHandle, TaskMemory};
+use crate::target::remains::Found;
+use crate::target::restore::{INVENTORY, Restore};
+use crate::target::stdio;
+use crate::wire::message::{Begin, Manifest, Prestart};
+use crate::wire::peer_error::PeerError;
+use std::fs::{self};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+impl Arrival<'_> {
+    /// Starts what needs time to start: the pager, and a restore that waits for its inventory.
+    pub(super) fn prestart(&mut self, prestart: &Prestart) -> Result<(), (PeerError, String)> {
+        if self.restore.is_some() {
+            return Err((PeerError::Unexpected, "a second prestart".into()));
+        }
+        let fail = |doing: &str, error: &dyn std::fmt::Display| {
+            (PeerError::RestoreFailed, format!("{doing}: {error}"))
+        };
+        self.pages_apart = prestart.pages_apart;
+        let lazy = self.is_lazy();
+        let (images, work) = (self.work.join("images"), self.work.join("work"));
+        let config = config_for(prestart, &self.home, self.begin)
+            .map_err(|error| fail("config.json", &error))?;
+        fs::write(self.home.join("config.json"), config.to_string())
+            .map_err(|error| fail("writing config.json", &error))?;
+        // On record before the runtime makes them: killed early, it does not know what it made.
+        self.cgroups = cgroup::about_to_be_made(&config, self.begin.container.as_str())
+            .map_err(|error| fail("looking at the cgroups", &error))?;
+        for path in self.cgroups.clone() {
+            self.journal
+                .append(&Record::Leftover(Leftover::Cgroup { path }))
+                .map_err(|error| fail("journal", &error))?;
+        }
+        fs::write(
+            images.join("descriptors.json"),
+            stdio::descriptors(&prestart.stdio),
+        )
+        .map_err(|error| fail("writing descriptors.json", &error))?;
+        let streams = stdio::open(&self.host.program, &prestart.stdio, &self.home)
+            .map_err(|error| fail("opening the standard streams", &error))?;
+        if lazy {
+            let mut command = Command::new(&self.host.program);
+            command.arg("pager");
+            let pager = PagerHandle::spawn(command, &work, &self.host.state_dir, PAGER_PATIENCE);
+            self.pager = Some(pager.map_err(|error| fail("starting the pager", &error))?);
+        }
+        let signal = self.signal.clone();
+        let hooks = HookServer::start(
+            &self.host.program,
+            &self.work,
+            self.journal.path(),
+            signal.clone(),
+            move |hook| {
+                if let Ok(watch) = hook.watch() {
+                    let signal = signal.clone();
+                    thread::spawn(move || {
+                        watch();
+                        let _ = signal.send(Signal::HookGone);
+                    });
+                }
+                Some(Signal::Hook(hook))
+            },
+        );
+        let hooks = hooks.map_err(|error| fail("installing the hook", &error))?;
+        let options_file = self.work.join("criu.conf");
+        let options = Options {
+            hook: &hooks.script(),
+            network_lock: None,
+            lazy_pages: lazy,
+        };
+        fs::write(&options_file, options.text())
+            .map_err(|error| fail("writing CRIU's options", &error))?;
+        let early_file = self.work.join("criu-early.conf");
+        fs::write(&early_file, options.early_text())
+            .map_err(|error| fail("writing CRIU's options", &error))?;
+        self.hooks = Some(hooks);
+        let annotated = annotated_config(&prestart.config);
+        let environment = Environment::new(
+            self.host.criu.clone(),
+            &early_file,
+            &options_file,
+            annotated.as_deref(),
+            Some(&self.host.cache.file),
+        );
+        let id = self.begin.container.as_str();
+        let restore = Restore::prestart(
+            &self.host.runc,
+            &environment,
+            id,
+            &self.home,
+            &images,
+            &work,
+            streams,
+        );
+        let restore = restore.map_err(|error| fail("starting the restore", &error))?;
+        let pid = restore.pid().cast_signed();
+        self.restore = Some(restore);
+        let task = Task::read(pid).map_err(|error| fail("looking at the restore", &error))?;
+        let leftover = Leftover::Process {
+            what: "runc restore".into(),
+            process: ProcessName {
+                pid,
+                start_time: task.map_or(0, |task| task.start_time),
+            },
+        };
+        self.journal
+            .append(&Record::Leftover(leftover))
+            .map_err(|error| fail("journal", &error))
+    }
+
+    pub(super) fn everything_is_here(
+        &mut self,
+        manifest: Manifest,
+    ) -> Result<(), (PeerError, String)> {
+        self.receiver
+            .wait_for_frames(&manifest.frames_per_stream, ARRIVAL_PATIENCE)
+            .map_err(|error| (PeerError::ReceiveFailed, error.to_string()))?;
+        self.receiver
+            .wait_for_files(&manifest.image_files, ARRIVAL_PATIENCE)
+            .map_err(|error| (PeerError::ImagesUnusable, error.to_string()))?;
+        self.manifest = Some(manifest);
+        Ok(())
+    }
+
+    /// Composes the images and lets CRIU begin.
+    pub(super) fn start_restore(&mut self) -> Result<(), (PeerError, String)> {
+        let start = Instant::now();
+        let images = self.work.join("images");
+        let lazy = self.is_lazy();
+        let delivery = if lazy {
+            Delivery::Lazy
+        } else {
+            Delivery::InImages
+        };
+        let manifest = self
+            .manifest
+            .take()
+            .ok_or((PeerError::Unexpected, "no manifest".to_string()))?;
+        let mut tasks = Vec::new();
+        for owner in &manifest.spaces {
+            let composed = compose(&images, owner.vpid, owner.space, &self.store, delivery);
+            let pages = composed.map_err(|error| (PeerError::PagesMissing, error.to_string()))?;
+            if lazy {
+                let memfd = self.store.memfd_or_new(owner.space);
+                tasks.push(TaskMemory {
+                    vpid: owner.vpid.cast_signed(),
+                    memfd: memfd.map_err(|error| (PeerError::StorageFull, error.to_string()))?,
+                    lazy: pages,
+                    hot: Vec::new(),
+                });
+            }
+        }
+        let fill_failed =
+            |error: &dyn std::fmt::Display| (PeerError::FillFailed, error.to_string());
+        if let Some(pager) = &mut self.pager {
+            let cgroups = self
+                .restore
+                .as_ref()
+                .map(|restore| cgroups_of(restore.pid()))
+                .unwrap_or_default();
+            pager
+                .serve(tasks, &cgroups, PAGER_PATIENCE)
+                .map_err(|error| fill_failed(&error))?;
+        }
+        let inventory_file = self.work.join(INVENTORY);
+        let inventory = fs::read(&inventory_file).map_err(|error| {
+            (
+                PeerError::ImagesUnusable,
+                format!("{}: {error}", inventory_file.display()),
+            )
+        })?;
+        self.times.compose = start.elapsed();
+        self.times.restore_began = Some(Instant::now());
+        self.deadline = Some(Instant::now() + RESTORE_PATIENCE);
+        let Some(restore) = &mut self.restore else {
+            return Err((PeerError::Unexpected, "a manifest without prestart".into()));
+        };
+        restore
+            .let_go(&inventory)
+            .map_err(|error| (PeerError::RestoreFailed, error.to_string()))
+    }
+
+    /// Every page the images name was received: composing proved it. Now the pager must hold all that is to be filled.
+    pub(super) fn verify_copy(&mut self) -> Result<(), String> {
+        let Some(pager) = &mut self.pager else {
+            return Ok(());
+        };
+        if !self.armed {
+            pager
+                .wait_armed(PAGER_PATIENCE)
+                .map_err(|error| error.to_string())?;
+        }
+        // Sound before the commit: if the hook fails the restore, CRIU kills the tasks and the pager ends with them.
+        pager
+            .release(PAGER_PATIENCE)
+            .map_err(|error| error.to_string())
+    }
+
+    pub(super) fn release_copy(&mut self) -> Option<TargetEvent> {
+        self.released = Some(Instant::now());
+        self.deadline = Some(Instant::now() + RESTORE_PATIENCE);
+        let Some(hook) = self.hook.take() else {
+            return Some(TargetEvent::HookLost);
+        };
+        hook.go().err().map(|error| {
+            self.because(PeerError::RestoreFailed, error.to_string());
+            TargetEvent::HookLost
+        })
+    }
+
+    pub(super) fn inspect_copy(&mut self) -> TargetEvent {
+        if let Some(mut restore) = self.restore.take() {
+            let deadline = Instant::now() + RESTORE_PATIENCE;
+            while matches!(restore.poll(), Ok(None)) && Instant::now() < deadline {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+        match self.copy().inspect() {
+            Found::Running => TargetEvent::FoundRunning,
+            Found::NeverRan => TargetEvent::FoundNeverRan,
+            Found::Gone => TargetEvent::FoundGone,
+        }
+    }
+
+    pub(super) fn discard_copy(&mut self) -> TargetEvent {
+        self.deadline = None;
+        if let Some(hook) = self.hook.take() {
+            let _ = hook.refuse();
+        }
+        // Ends a restore that waits, holds or works.
+        self.restore = None;
+        self.pager = None;
+        match self.copy().discard() {
+            Ok(()) => TargetEvent::CopyDiscarded,
+            Err(error) => {
+                tracing::warn!(%error, "something of the copy is still there");
+                thread::sleep(DISCARD_PAUSE);
+                TargetEvent::DiscardFailed
+            }
+        }
+    }
+}
+
+/// The source's `config.json` with the place of the root filesystem here.
+fn config_for(
+    prestart: &Prestart,
+    home: &Path,
+    begin: &Begin,
+) -> Result<serde_json::Value, String> {
+    let mut config: serde_json::Value =
+        serde_json::from_str(&prestart.config).map_err(|error| error.to_string())?;
+    let path = match &begin.requirements.shared_rootfs {
+        Some(shared) => shared.as_str().to_string(),
+        None => home.join("rootfs").display().to_string(),
+    };
+    let root = config
+        .get_mut("root")
+        .and_then(serde_json::Value::as_object_mut)
+        .ok_or("it has no root")?;
+    root.insert("path".into(), path.into());
+    Ok(config)
+}
+
+/// The options file that the container's annotation makes the runtime use.
+fn annotated_config(config: &str) -> Option<PathBuf> {
+    let config: serde_json::Value = serde_json::from_str(config).ok()?;
+    let path = config
+        .get("annotations")?
+        .get("org.criu.config")?
+        .as_str()?;
+    (!path.is_empty()).then(|| PathBuf::from(path))
+}
+
+/// The cgroup directories of CRIU, which the runtime has put where the container will be.
+fn cgroups_of(runtime: u32) -> Vec<PathBuf> {
+    let children =
+        fs::read_to_string(format!("/proc/{runtime}/task/{runtime}/children")).unwrap_or_default();
+    let criu = children.split_whitespace().next();
+    let listed = criu
+        .and_then(|pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).ok())
+        .unwrap_or_default();
+    listed
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.splitn(3, ':');
+            let (_, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+            let hierarchy = match controllers {
+                "" => "unified",
+                named => named.split(',').next()?.trim_start_matches("name="),
+            };
+            let directory = Path::new("/sys/fs/cgroup")
+                .join(hierarchy)
+                .join(path.trim_start_matches('/'));
+            // A container's cgroup, never the root of a hierarchy.
+            (path != "/" && directory.join("cgroup.procs").is_file()).then_some(directory)
+        })
+        .collect()
+}

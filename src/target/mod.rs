@@ -1,0 +1,24 @@
+//! The target's side of a migration.
+//!
+//! ```text
+//!  agent ─▶ preflight ─▶ arrival ─┬▶ receive      pages into page_store, image files into a directory
+//!                                 ├▶ rootfs       the root filesystem
+//!                                 ├▶ restore      the runtime, started before there is anything to restore
+//!                                 ├▶ compose      skeleton + page store → images
+//!                                 ├▶ pager        fills the restored memory, a process of its own
+//!                                 └▶ stdio        what the container's pipes lead to here
+//!  settle ─▶ remains              the end after a crash, and of every copy that must go
+//! ```
+
+pub mod arrival;
+pub mod compose;
+pub mod page_store;
+pub mod pager;
+pub mod preflight;
+mod processor;
+pub mod receive;
+pub mod remains;
+pub mod restore;
+pub mod rootfs;
+pub mod settle;
+pub mod stdio;

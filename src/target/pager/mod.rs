@@ -1,0 +1,130 @@
+//! The pager: CRIU's lazy-pages daemon for one migration, in a process of its own.
+//!
+//! Enters: the memfds of the page store, and the userfaultfds CRIU hands over. Leaves: every page in its place. Faults are
+//! answered first, the rest is filled in the background, and what is filled is freed from the memfd, so that
+//! memory is not held twice. The container runs meanwhile, which is why downtime does not grow with its memory.
+//!
+//! ```text
+//!            control (stdin)              standby link
+//!   agent ◀───────────────────▶ pager ◀───────────────▶ standby
+//!                                 ▲ │                      ┆ holds every descriptor, reads none
+//!   CRIU ── lazy-pages.socket ────┘ │
+//!            userfaultfds           ▼  1–2 workers: events → faults → fill
+//!                               container
+//! ```
+//!
+//! # Who may die
+//!
+//! If a userfaultfd is closed while pages are missing, the kernel fills them with zeros and nobody notices. So every
+//! userfaultfd is held by two processes:
+//!
+//! - *The agent dies* before `Released`: pager and standby drop everything; CRIU's hook fails too and no
+//!   task has run. After `Released`: nothing changes.
+//! - *The pager dies* after `Released`: the standby has the memfds, the userfaultfds, the maps and CRIU's connection, wakes
+//!   all sleepers and serves on. What the pager had placed is found in place (EEXIST) or freed (a hole, and never
+//!   asked for again). If the pager died while it was reading events, what it read is lost and the standby
+//!   cannot know the address space any more: it kills every process of the container, and leaves `pager-death.json` in the
+//!   state directory. It does the same if it fails itself.
+//! - *The standby dies*: the pager says so (`StandbyLost`) and goes on alone.
+//!
+//! What remains: both dying together (SIGKILL to both, a host-wide OOM although both ask to be spared; a service manager
+//! that kills the agent's whole cgroup: its unit needs `KillMode=process`), and the pager dying after a standby
+//! was lost. The agent, if alive, sees the end of its socket and must kill the container then.
+//!
+//! A mapping with `MADV_WIPEONFORK` that is forked while its pages are missing shows the child those pages instead of zeros:
+//! the event does not say which mappings are wiped.
+
+mod channel;
+mod control;
+mod daemon;
+mod family;
+mod last_resort;
+mod pending;
+mod service;
+mod standby;
+mod standby_link;
+mod worker;
+
+pub use channel::ChannelError;
+pub use control::{FillSummary, PagerEvent, PagerHandle, PagerHandleError, TaskFill, TaskMemory};
+pub use daemon::PagerError;
+pub use family::FamilyError;
+pub use standby::{DEATH_RECORD, StandbyFailure};
+pub use standby_link::StandbyError;
+pub use worker::WorkerError;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, Signal};
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+
+/// Runs this process as a pager, or with `--standby` as a pager's standby; `arguments` are those after `migrate pager`.
+///
+/// Its standard input is the socket to the process that started it. Exit code 0: all was filled, or the
+/// standby was not needed; 1: given up; 2: wrong arguments.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    let standby = match arguments.as_slice() {
+        [] => false,
+        [flag] if flag == "--standby" => true,
+        _ => {
+            eprintln!("migrate pager is started by the agent and takes no arguments");
+            return ExitCode::from(2);
+        }
+    };
+    let outcome = detach().and_then(|control| {
+        if standby {
+            standby::run(control).map_err(|error| error.to_string())
+        } else {
+            daemon::run(control).map_err(|error| error.to_string())
+        }
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(standby, "{error}");
+            // The agent's log is where standard error goes; there is no subscriber of its own here.
+            eprintln!(
+                "migrate pager{}: {error}",
+                if standby { " (standby)" } else { "" }
+            );
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Makes this process hard to end by accident, and takes the socket from standard input.
+fn detach() -> Result<UnixStream, String> {
+    let attempt = || -> io::Result<UnixStream> {
+        // Ctrl-C and the end of the agent's session are not for us. (EPERM: already a group's leader.)
+        let _ = nix::unistd::setsid();
+        let mut signals = SigSet::empty();
+        for signal in [
+            Signal::SIGTERM,
+            Signal::SIGINT,
+            Signal::SIGHUP,
+            Signal::SIGQUIT,
+            Signal::SIGUSR1,
+            Signal::SIGUSR2,
+        ] {
+            signals.add(signal);
+        }
+        signals.thread_block()?;
+        // A userfaultfd for every process, and one for every child: as many as the host allows.
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+        // Best effort: lowering it needs a privilege that root in a container may lack.
+        let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+        // A thread that panics must not leave the others serving half of the tasks: the process ends, the standby takes over.
+        std::panic::set_hook(Box::new(|panic| {
+            eprintln!("migrate pager: {panic}");
+            standby::on_panic(&panic.to_string());
+            std::process::abort();
+        }));
+        Ok(UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?))
+    };
+    attempt().map_err(|error| format!("setting up the pager process: {error}"))
+}

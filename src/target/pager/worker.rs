@@ -1,0 +1,545 @@
+//! One thread that owns some families: it answers their faults, follows their changes and fills them.
+//!
+//! Nothing of a family is shared with another thread. That is what makes the order of things right: an event is
+//! read, sent to the standby and applied to the map before the same thread places another page, so no page can be
+//! placed by a map from before a change that the process has already gone on from.
+//!
+//! ```text
+//!  loop:  poll ─▶ events of every ready userfaultfd, all that wait ─▶ faults ─▶ one chunk of the fill
+//! ```
+//!
+//! **Order trap.** The kernel hands out waiting faults before waiting events, and refuses to place any page (EAGAIN) while an
+//! event waits. So a fault read first may belong to a page whose removal is still in the queue; it cannot be
+//! answered until that event has been read, and then the answer is zero, not the old page. Therefore all events are drained
+//! before faults are answered, and a fault refused with EAGAIN is looked up afresh after the next draining. (Firecracker's
+//! example handlers in src/firecracker/examples/uffd treat the same trap.)
+
+use super::family::{Family, FamilyError, LARGE_CHUNK, MemberId, Step};
+use super::standby_link::{Change, ReadMarks, StandbyError, StandbyLink, StandbyOrder};
+use crate::kernel::userfaultfd_missing::{MissingEvent, MissingUffd, UffdError};
+use crate::memory::{PAGE_SIZE, PageRange};
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::time::{Duration, Instant};
+use userfaultfd::EventBuffer;
+
+/// The key of the wake-up descriptor among the member ids, which have 32 bits.
+const WAKE: u64 = u64::MAX;
+const EVENTS_AT_ONCE: usize = 32;
+
+/// Why a worker stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// A family could not be served.
+    #[error(transparent)]
+    Family(#[from] FamilyError),
+    /// Events could not be read.
+    #[error(transparent)]
+    Uffd(#[from] UffdError),
+    /// The read mark could not be written.
+    #[error(transparent)]
+    Standby(#[from] StandbyError),
+    /// Waiting for events failed.
+    #[error("waiting for userfaultfd events: {0}")]
+    Poll(#[from] Errno),
+    /// A task's userfaultfd came twice, or for a task nobody named.
+    #[error("an unexpected userfaultfd for task {vpid}")]
+    UnexpectedUffd {
+        /// The task's pid inside the container.
+        vpid: i32,
+    },
+}
+
+/// Main thread → worker.
+#[derive(Debug)]
+pub(super) enum WorkerOrder {
+    /// Serve this family, with the address spaces it already has.
+    Family(Box<Family>),
+    /// A task's userfaultfd has come.
+    Uffd {
+        vpid: i32,
+        member: MemberId,
+        uffd: MissingUffd,
+    },
+    /// CRIU has registered all it will.
+    Restored,
+    /// The standby has closed this address space.
+    Closed { vpid: i32, member: MemberId },
+    /// There is no standby any more.
+    Alone,
+}
+
+/// Worker → main thread.
+#[derive(Debug)]
+pub(super) enum WorkerNotice {
+    /// A family is complete and let go. Its address spaces are closed already.
+    Filled(Box<Family>),
+    /// The standby could not be told something; it has been killed.
+    StandbyLost,
+    /// The worker has stopped. It keeps its userfaultfds open until the process ends.
+    Failed(WorkerError),
+}
+
+/// The main thread's end of a worker.
+#[derive(Debug)]
+pub(super) struct WorkerHandle {
+    orders: Sender<WorkerOrder>,
+    wake: Arc<EventFd>,
+}
+
+impl WorkerHandle {
+    /// Hands over an order. A worker that is gone has said so in a notice.
+    pub fn order(&self, order: WorkerOrder) {
+        if self.orders.send(order).is_ok() {
+            // The counter of an eventfd overflows after 2^64 orders.
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+/// Where workers leave their notices for the main thread to poll.
+#[derive(Clone, Debug)]
+pub(super) struct Notices {
+    sender: Sender<WorkerNotice>,
+    wake: Arc<EventFd>,
+}
+
+impl Notices {
+    pub fn new() -> Result<(Self, Receiver<WorkerNotice>), Errno> {
+        let (sender, receiver) = channel();
+        let wake = Arc::new(wake_up()?);
+        Ok((Notices { sender, wake }, receiver))
+    }
+
+    /// Empties the wake-up counter.
+    pub fn acknowledge(&self) {
+        let _ = self.wake.read();
+    }
+
+    fn send(&self, notice: WorkerNotice) {
+        if self.sender.send(notice).is_ok() {
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+impl AsFd for Notices {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+}
+
+/// What a worker keeps its standby informed with.
+#[derive(Clone, Debug)]
+pub(super) struct Mirror {
+    pub link: Arc<StandbyLink>,
+    pub marks: Arc<ReadMarks>,
+}
+
+/// Starts worker number `number`. `mirror` is `None` in the standby itself.
+pub(super) fn start(
+    number: u64,
+    ids: Arc<AtomicU32>,
+    notices: Notices,
+    mirror: Option<Mirror>,
+) -> Result<WorkerHandle, Errno> {
+    let (sender, receiver) = channel();
+    let wake = Arc::new(wake_up()?);
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    epoll.add(wake.as_ref(), EpollEvent::new(EpollFlags::EPOLLIN, WAKE))?;
+    let mut worker = Worker {
+        number,
+        ids,
+        notices,
+        mirror,
+        orders: receiver,
+        wake: wake.clone(),
+        epoll,
+        families: HashMap::new(),
+        home: HashMap::new(),
+        queue: VecDeque::new(),
+        restored: false,
+        buffer: vec![0; (LARGE_CHUNK * PAGE_SIZE) as usize],
+        events: EventBuffer::new(EVENTS_AT_ONCE),
+    };
+    std::thread::Builder::new()
+        .name(format!("pager-{number}"))
+        .spawn(move || {
+            if let Err(error) = worker.run() {
+                worker.notices.send(WorkerNotice::Failed(error));
+                // To close the userfaultfds now would hand out zeros before the main thread has decided anything.
+                loop {
+                    std::thread::park();
+                }
+            }
+        })
+        .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EAGAIN)))?;
+    Ok(WorkerHandle {
+        orders: sender,
+        wake,
+    })
+}
+
+struct Worker {
+    number: u64,
+    ids: Arc<AtomicU32>,
+    notices: Notices,
+    mirror: Option<Mirror>,
+    orders: Receiver<WorkerOrder>,
+    wake: Arc<EventFd>,
+    epoll: Epoll,
+    families: HashMap<i32, Family>,
+    /// Which family a member belongs to.
+    home: HashMap<MemberId, i32>,
+    /// Members that may have something to fill, the next one first.
+    queue: VecDeque<MemberId>,
+    restored: bool,
+    buffer: Vec<u8>,
+    events: EventBuffer,
+}
+
+impl Worker {
+    /// Ends without error when the main thread drops its handle.
+    fn run(&mut self) -> Result<(), WorkerError> {
+        let mut ready = [EpollEvent::empty(); 64];
+        loop {
+            let count = match self.epoll.wait(&mut ready, self.patience()) {
+                Err(Errno::EINTR) => 0,
+                other => other?,
+            };
+            for event in &ready[..count] {
+                if event.data() == WAKE {
+                    let _ = self.wake.read();
+                } else if let Ok(id) = u32::try_from(event.data()) {
+                    self.read_events(MemberId(id))?;
+                }
+            }
+            if !self.follow_orders()? {
+                return Ok(());
+            }
+            let refused = self.serve_faults()?;
+            let idle = !self.fill_a_chunk()?;
+            if refused && idle {
+                // The thread that caused the event must run before the kernel lets pages be placed again.
+                std::thread::sleep(Duration::from_micros(20));
+            }
+        }
+    }
+
+    /// How long to wait for events: not at all while there is work.
+    fn patience(&self) -> EpollTimeout {
+        let mut next: Option<Instant> = None;
+        let queued = self.queue.iter().filter_map(|id| self.member(*id));
+        let faulted = self
+            .families
+            .values()
+            .flat_map(|family| family.members.values())
+            .filter(|member| !member.faults.is_empty());
+        for member in queued.chain(faulted) {
+            match member.retry_at {
+                None => return EpollTimeout::ZERO,
+                Some(at) => next = Some(next.map_or(at, |next| next.min(at))),
+            }
+        }
+        match next {
+            None => EpollTimeout::NONE,
+            // Whole milliseconds only, and too late is better than a busy loop.
+            Some(at) => {
+                let left = at.saturating_duration_since(Instant::now()).as_micros();
+                EpollTimeout::try_from(left.div_ceil(1000).min(1000) as i32)
+                    .unwrap_or(EpollTimeout::ZERO)
+            }
+        }
+    }
+
+    fn member(&self, id: MemberId) -> Option<&super::family::Member> {
+        self.families.get(self.home.get(&id)?)?.members.get(&id)
+    }
+
+    /// `false`: the main thread is done with this worker.
+    fn follow_orders(&mut self) -> Result<bool, WorkerError> {
+        loop {
+            match self.orders.try_recv() {
+                Err(TryRecvError::Empty) => return Ok(true),
+                Err(TryRecvError::Disconnected) => return Ok(false),
+                Ok(WorkerOrder::Family(family)) => {
+                    let vpid = family.vpid;
+                    let members: Vec<MemberId> = family.members.keys().copied().collect();
+                    self.families.insert(vpid, *family);
+                    for member in members {
+                        self.adopt(vpid, member)?;
+                    }
+                    self.let_go_if_done(vpid);
+                }
+                Ok(WorkerOrder::Uffd { vpid, member, uffd }) => {
+                    let claimed = self
+                        .families
+                        .get_mut(&vpid)
+                        .is_some_and(|family| family.claim(member, uffd));
+                    if !claimed {
+                        return Err(WorkerError::UnexpectedUffd { vpid });
+                    }
+                    self.adopt(vpid, member)?;
+                }
+                Ok(WorkerOrder::Restored) => {
+                    self.restored = true;
+                    // What was complete before may be closed now.
+                    self.queue = self.home.keys().copied().collect();
+                }
+                Ok(WorkerOrder::Closed { vpid, member }) => self.let_go(vpid, member)?,
+                Ok(WorkerOrder::Alone) => {
+                    self.mirror = None;
+                    let closing: Vec<(i32, MemberId)> = self
+                        .home
+                        .iter()
+                        .map(|(&id, &vpid)| (vpid, id))
+                        .filter(|&(_, id)| self.member(id).is_some_and(|member| member.closing))
+                        .collect();
+                    for (vpid, member) in closing {
+                        self.let_go(vpid, member)?;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Polls and fills a member that is already in its family.
+    fn adopt(&mut self, vpid: i32, id: MemberId) -> Result<(), WorkerError> {
+        if let Some(member) = self
+            .families
+            .get(&vpid)
+            .and_then(|family| family.members.get(&id))
+        {
+            self.epoll.add(
+                &member.uffd,
+                EpollEvent::new(EpollFlags::EPOLLIN, u64::from(id.0)),
+            )?;
+            self.home.insert(id, vpid);
+            self.queue.push_back(id);
+        }
+        Ok(())
+    }
+
+    /// Reads everything that waits on a member's userfaultfd and applies it, the standby being told first.
+    fn read_events(&mut self, id: MemberId) -> Result<(), WorkerError> {
+        let Some(&vpid) = self.home.get(&id) else {
+            return Ok(());
+        };
+        if let Some(mirror) = &self.mirror {
+            mirror.marks.set(self.number)?;
+        }
+        let mut freed = Vec::new();
+        while let Some(member) = self
+            .families
+            .get_mut(&vpid)
+            .and_then(|family| family.members.get_mut(&id))
+        {
+            let events = member.uffd.read_events(&mut self.events)?;
+            if events.is_empty() {
+                break;
+            }
+            for event in events {
+                freed.extend(self.follow(vpid, id, event)?);
+            }
+        }
+        if let Some(mirror) = &self.mirror {
+            mirror.marks.clear(self.number)?;
+        }
+        if let Some(family) = self.families.get(&vpid) {
+            family.free(&freed)?;
+        }
+        Ok(())
+    }
+
+    /// Applies one event; says which store pages the member does not want any more.
+    fn follow(
+        &mut self,
+        vpid: i32,
+        id: MemberId,
+        event: MissingEvent,
+    ) -> Result<Vec<PageRange>, WorkerError> {
+        let Some(family) = self.families.get_mut(&vpid) else {
+            return Ok(Vec::new());
+        };
+        let (change, child) = match event {
+            MissingEvent::Fault(page) => {
+                if let Some(member) = family.members.get_mut(&id) {
+                    member.faults.push_back(page);
+                }
+                return Ok(Vec::new());
+            }
+            MissingEvent::Fork(uffd) => {
+                let child = MemberId(self.ids.fetch_add(1, Ordering::Relaxed));
+                (Change::Fork { child }, Some((child, uffd)))
+            }
+            MissingEvent::Remap { from, to, pages } => {
+                let Some(from) = PageRange::from_start_len(from, pages) else {
+                    return Ok(Vec::new());
+                };
+                let from = from.into();
+                (Change::Remap { from, to: to.0 }, None)
+            }
+            MissingEvent::Remove(pages) | MissingEvent::Unmap(pages) => {
+                let pages = pages.into();
+                (Change::Drop { pages }, None)
+            }
+        };
+        if let Some(mirror) = &self.mirror {
+            let order = StandbyOrder::Changed {
+                vpid,
+                member: id,
+                change,
+            };
+            let fd = child.as_ref().map(|(_, uffd)| uffd.as_fd());
+            if let Err(error) = mirror.link.send_with(&order, &[], fd) {
+                tracing::warn!("{error}");
+                self.mirror = None;
+                self.notices.send(WorkerNotice::StandbyLost);
+            }
+        }
+        let Some((child, uffd)) = child else {
+            return Ok(family.apply(id, &change, None));
+        };
+        let freed = family.apply(id, &change, Some(uffd));
+        self.adopt(vpid, child)?;
+        Ok(freed)
+    }
+
+    /// Answers what can be answered now. `true`: some fault has to wait for an event to be read.
+    fn serve_faults(&mut self) -> Result<bool, WorkerError> {
+        let waiting: Vec<(i32, MemberId)> = self
+            .families
+            .values()
+            .flat_map(|family| {
+                let faulted = family
+                    .members
+                    .iter()
+                    .filter(|(_, member)| !member.faults.is_empty());
+                faulted.map(|(&id, _)| (family.vpid, id))
+            })
+            .collect();
+        let mut refused = false;
+        for (vpid, id) in waiting {
+            let Some(family) = self.families.get_mut(&vpid) else {
+                continue;
+            };
+            loop {
+                match family.serve_fault(id)? {
+                    Step::Progress => {}
+                    Step::Complete | Step::Later => break,
+                    Step::Changing => {
+                        refused = true;
+                        break;
+                    }
+                    Step::Gone => {
+                        family.abandon(id)?;
+                        self.queue.push_back(id);
+                        break;
+                    }
+                }
+            }
+            // Whoever runs now profits most from being filled.
+            if let Some(at) = self.queue.iter().position(|&queued| queued == id) {
+                self.queue.swap(0, at);
+            }
+        }
+        Ok(refused)
+    }
+
+    /// Fills one chunk of the first member that can take one. `false`: nobody could.
+    fn fill_a_chunk(&mut self) -> Result<bool, WorkerError> {
+        for _ in 0..self.queue.len() {
+            let Some(id) = self.queue.pop_front() else {
+                break;
+            };
+            let Some(&vpid) = self.home.get(&id) else {
+                continue;
+            };
+            let Some(family) = self.families.get_mut(&vpid) else {
+                continue;
+            };
+            if let Some(member) = family.members.get_mut(&id)
+                && let Some(at) = member.retry_at
+            {
+                if Instant::now() < at {
+                    self.queue.push_back(id);
+                    continue;
+                }
+                member.retry_at = None;
+            }
+            match family.fill(id, &mut self.buffer, self.restored)? {
+                Step::Progress => {
+                    self.queue.push_back(id);
+                    return Ok(true);
+                }
+                Step::Later | Step::Changing => self.queue.push_back(id),
+                Step::Gone => {
+                    family.abandon(id)?;
+                    self.close(vpid, id)?;
+                }
+                Step::Complete if self.restored => self.close(vpid, id)?,
+                // Comes back to the queue when the restore is finished.
+                Step::Complete => {}
+            }
+        }
+        Ok(false)
+    }
+
+    /// A member has all it needs: the standby lets go first, because while it holds the userfaultfd too, closing ours
+    /// would leave faults on zero pages without an answer.
+    fn close(&mut self, vpid: i32, id: MemberId) -> Result<(), WorkerError> {
+        let Some(member) = self
+            .families
+            .get_mut(&vpid)
+            .and_then(|family| family.members.get_mut(&id))
+        else {
+            return Ok(());
+        };
+        if member.closing {
+            return Ok(());
+        }
+        member.closing = true;
+        if let Some(mirror) = &self.mirror {
+            match mirror.link.send(&StandbyOrder::Close { vpid, member: id }) {
+                Ok(()) => return Ok(()),
+                Err(error) => {
+                    tracing::warn!("{error}");
+                    self.mirror = None;
+                    self.notices.send(WorkerNotice::StandbyLost);
+                }
+            }
+        }
+        self.let_go(vpid, id)
+    }
+
+    fn let_go(&mut self, vpid: i32, id: MemberId) -> Result<(), WorkerError> {
+        // A fork that waits to be read is a child of whose memory we may be the only one to know.
+        self.read_events(id)?;
+        if let Some(family) = self.families.get_mut(&vpid)
+            && let Some(member) = family.members.remove(&id)
+        {
+            self.epoll.delete(&member.uffd)?;
+        }
+        self.home.remove(&id);
+        self.let_go_if_done(vpid);
+        Ok(())
+    }
+
+    fn let_go_if_done(&mut self, vpid: i32) {
+        if self.families.get(&vpid).is_some_and(Family::done)
+            && let Some(family) = self.families.remove(&vpid)
+        {
+            self.notices.send(WorkerNotice::Filled(Box::new(family)));
+        }
+    }
+}
+
+fn wake_up() -> Result<EventFd, Errno> {
+    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+}

@@ -1,0 +1,246 @@
+//! Ending the migrations that a crash of the agent left at the target, and answering for those that ended before.
+
+use super::remains::{Copy, Found, end_restore};
+use crate::journal::{Journal, JournalDir, JournalError, JournalName};
+use crate::migration::MigrationId;
+use crate::migration::event::Side;
+use crate::migration::handoff::target::TargetRecord;
+use crate::migration::handoff::{Course, TargetAction, TargetEvent, TargetState};
+use crate::migration::journal::{self, FoldError, Leftover, Record, Recovered, RecoveredTarget};
+use crate::runtime::Task;
+use crate::runtime::home::home_of;
+use crate::runtime::runc::Runc;
+use crate::wire::message::Fate;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// Between two attempts to remove something.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// How long a settling may take until it is reported as not done.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Why a migration could not be settled.
+#[derive(Debug, Error)]
+pub enum SettleError {
+    /// The journal cannot be used.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The journal holds what no engine wrote; the migration is left alone.
+    #[error("the journal of migration {migration} is damaged, nothing was done: {source}")]
+    Damaged {
+        /// The migration.
+        migration: MigrationId,
+        /// What is wrong.
+        source: FoldError,
+    },
+    /// Something of the copy cannot be removed.
+    #[error("migration {migration} cannot be undone yet: {reason}")]
+    Stuck {
+        /// The migration.
+        migration: MigrationId,
+        /// What stands in the way.
+        reason: String,
+    },
+}
+
+/// What the journal says of a migration, for whoever asks with the certificate `fingerprint`.
+///
+/// `None` if the asker is not the one the migration came from.
+pub fn fate(
+    journals: &JournalDir,
+    migration: MigrationId,
+    fingerprint: &str,
+) -> Result<Option<Fate>, SettleError> {
+    let name = JournalName {
+        migration,
+        side: Side::Target,
+    };
+    let Some(records) = journals.read(name)? else {
+        return Ok(Some(Fate::UnknownMigration));
+    };
+    let Recovered::Target(recovered) = fold(migration, &records)? else {
+        return Ok(Some(Fate::UnknownMigration));
+    };
+    if recovered.opened.peer_fingerprint != fingerprint {
+        return Ok(None);
+    }
+    Ok(Some(match recovered.last {
+        TargetRecord::Released => Fate::Committed,
+        TargetRecord::Aborted => Fate::RolledBack,
+        TargetRecord::Opened | TargetRecord::Prepared | TargetRecord::Committed => Fate::InProgress,
+    }))
+}
+
+/// How a migration to here ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settled {
+    /// It had ended before, and nothing was left to do.
+    Already,
+    /// It was ended now.
+    Now(Fate),
+}
+
+/// Settles the migration `migration` to here. `None` if there is none or it is still running.
+pub fn settle(state_dir: &Path, migration: MigrationId) -> Result<Option<Settled>, SettleError> {
+    let journals = JournalDir::open(state_dir)?;
+    let name = JournalName {
+        migration,
+        side: Side::Target,
+    };
+    if journals.read(name)?.is_none() {
+        return Ok(None);
+    }
+    let (journal, records) = match journals.reopen(name) {
+        Err(JournalError::InUse { .. }) => return Ok(None),
+        opened => opened?,
+    };
+    let Recovered::Target(recovered) = fold(migration, &records)? else {
+        return Ok(None);
+    };
+    let settled = matches!(
+        recovered.last,
+        TargetRecord::Released | TargetRecord::Aborted
+    );
+    if settled && !recovered.opened.work_dir.exists() {
+        return Ok(Some(Settled::Already));
+    }
+    let cgroups = recovered.leftovers.iter().filter_map(|left| match left {
+        Leftover::Cgroup { path } => Some(path.clone()),
+        _ => None,
+    });
+    let recovery = Recovery {
+        recovered: &recovered,
+        cgroups: cgroups.collect(),
+        runc: Runc::new(&recovered.opened.runtime_root),
+        home: home_of(state_dir, recovered.opened.container.as_str()),
+        journal,
+        reason: String::new(),
+    };
+    recovery.run().map(|fate| Some(Settled::Now(fate)))
+}
+
+fn fold(migration: MigrationId, records: &[Record]) -> Result<Recovered, SettleError> {
+    journal::fold(records).map_err(|source| SettleError::Damaged { migration, source })
+}
+
+/// A migration being ended after the agent died.
+struct Recovery<'a> {
+    recovered: &'a RecoveredTarget,
+    cgroups: Vec<PathBuf>,
+    runc: Runc,
+    home: PathBuf,
+    journal: Journal,
+    reason: String,
+}
+
+impl Recovery<'_> {
+    fn run(mut self) -> Result<Fate, SettleError> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut course = Course::<TargetState>::recover(self.recovered.last);
+        while let Some(action) = course.next_action() {
+            if let Some(event) = self.perform(action)
+                && let Err(impossible) = course.on(event)
+            {
+                tracing::error!(%impossible, "recovery stays where it is");
+            }
+            if Instant::now() > deadline && !course.state().is_settled() {
+                return Err(SettleError::Stuck {
+                    migration: self.recovered.opened.migration,
+                    reason: self.reason,
+                });
+            }
+        }
+        if let Err(error) = self.copy().remove_work() {
+            tracing::warn!(%error, "the working directory stays");
+        }
+        Ok(match course.state() {
+            TargetState::Released => Fate::Committed,
+            TargetState::Aborted => Fate::RolledBack,
+            _ => Fate::InProgress,
+        })
+    }
+
+    fn perform(&mut self, action: TargetAction) -> Option<TargetEvent> {
+        match action {
+            TargetAction::DiscardCopy => {
+                self.end_restore();
+                let discarded = if self.same_boot() {
+                    self.copy().discard()
+                } else {
+                    self.copy().discard_files()
+                };
+                Some(match discarded {
+                    Ok(()) => TargetEvent::CopyDiscarded,
+                    Err(error) => {
+                        self.reason = error.to_string();
+                        thread::sleep(PAUSE);
+                        TargetEvent::DiscardFailed
+                    }
+                })
+            }
+            TargetAction::InspectCopy => {
+                self.end_restore();
+                Some(match (self.same_boot(), self.copy().inspect()) {
+                    (true, Found::Running) => TargetEvent::FoundRunning,
+                    (true, Found::NeverRan) => TargetEvent::FoundNeverRan,
+                    // After a restart the mark proves nothing: it may not have reached the disk.
+                    (_, _) => TargetEvent::FoundGone,
+                })
+            }
+            TargetAction::RecordReleased => self.write(&Record::Released),
+            TargetAction::RecordAborted => self.write(&Record::Aborted),
+            TargetAction::KillCopy => {
+                self.copy().kill();
+                None
+            }
+            // Nobody is connected during recovery; whoever asks later is answered from the journal.
+            _ => None,
+        }
+    }
+
+    fn write(&mut self, record: &Record) -> Option<TargetEvent> {
+        Some(match self.journal.append(record) {
+            Ok(()) => TargetEvent::RecordWritten,
+            Err(error) => {
+                self.reason = error.to_string();
+                thread::sleep(PAUSE);
+                TargetEvent::RecordFailed
+            }
+        })
+    }
+
+    /// A restore that was let go finishes by itself; one that was not undoes itself.
+    fn end_restore(&self) {
+        if !self.same_boot() {
+            return;
+        }
+        for leftover in &self.recovered.leftovers {
+            if let Leftover::Process { process, .. } = leftover {
+                let task = Task {
+                    pid: process.pid,
+                    vpid: process.pid,
+                    start_time: process.start_time,
+                    zombie: false,
+                };
+                end_restore(&self.recovered.opened.work_dir.join("images"), &task);
+            }
+        }
+    }
+
+    fn same_boot(&self) -> bool {
+        crate::kernel::boot_id().is_ok_and(|now| now == self.recovered.opened.boot_id)
+    }
+
+    fn copy(&self) -> Copy<'_> {
+        Copy {
+            runc: &self.runc,
+            id: self.recovered.opened.container.as_str(),
+            home: &self.home,
+            work: &self.recovered.opened.work_dir,
+            cgroups: &self.cgroups,
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! Whole trees through the real protocol, both ends in this process over a socket pair. Needs root: owners,
+//! device nodes, `trusted.*` attributes and mounts are made.
+
+#[path = "rootfs/attacks.rs"]
+mod attacks;
+#[path = "rootfs/changes.rs"]
+mod changes;
+#[path = "rootfs/harness.rs"]
+mod harness;
+#[path = "rootfs/kinds.rs"]
+mod kinds;
+#[path = "rootfs/random.rs"]
+mod random;
