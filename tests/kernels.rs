@@ -244,8 +244,9 @@ fn between(first: End, second: End, moves: &str) -> Result<()> {
         };
         guest.start(job)
     };
-    let listening = boot(&first, "first", WireEnd::Listens)?;
+    // In the order that is harder for the wire.
     let connecting = boot(&second, "second", WireEnd::Connects)?;
+    let listening = boot(&first, "first", WireEnd::Listens)?;
     let (first, second) = (listening.wait(), connecting.wait());
     for end in [&first, &second] {
         match end {

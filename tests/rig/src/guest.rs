@@ -115,9 +115,9 @@ pub struct Guest {
 /// Which end of a wire a guest has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WireEnd {
-    /// It makes the socket: start it first.
+    /// It makes the socket.
     Listens,
-    /// It connects.
+    /// It waits for the socket and connects.
     Connects,
 }
 
