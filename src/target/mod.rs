@@ -11,6 +11,7 @@
 //! ```
 
 pub mod arrival;
+pub mod arrivals;
 pub mod compose;
 pub mod page_store;
 pub mod pager;

@@ -43,6 +43,7 @@ mod pending;
 mod service;
 mod standby;
 mod standby_link;
+mod supply;
 mod worker;
 
 pub use channel::ChannelError;
@@ -51,6 +52,7 @@ pub use daemon::PagerError;
 pub use family::FamilyError;
 pub use standby::{DEATH_RECORD, StandbyFailure};
 pub use standby_link::StandbyError;
+pub use supply::{Heard, SupplyLine, SupplyMessage};
 pub use worker::WorkerError;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
