@@ -322,6 +322,35 @@ int main(int argc, char **argv)
 				dprintf(1, "wrong in the child\n");
 			else
 				answer_wrong(first_wrong(a, b, ZERO));
+		} else if (sscanf(line, "forkboth %ld %ld", &a, &b) == 2) {
+			/* Parent and child look at the same pages at the same time. */
+			pid_t child = fork();
+			if (child < 0)
+				die("fork");
+			if (!child)
+				_exit(first_wrong(a, b, a) >= 0);
+			long wrong = first_wrong(a, b, a);
+			if (wait_for(child))
+				dprintf(1, "wrong in the child\n");
+			else
+				answer_wrong(wrong);
+		} else if (sscanf(line, "forkmany %ld %ld", &a, &b) == 2) {
+			/* So many children look at one page each, b pages apart. */
+			int wrong = 0;
+			for (long i = 0; i < a; i++) {
+				pid_t child = fork();
+				if (child < 0)
+					die("fork");
+				if (!child)
+					_exit(differs(i * b, i * b));
+			}
+			for (long i = 0; i < a; i++) {
+				int status;
+				if (wait(&status) < 0)
+					die("wait");
+				wrong |= status;
+			}
+			dprintf(1, wrong ? "wrong in a child\n" : "ok\n");
 		} else if (sscanf(line, "latency %ld %ld", &a, &b) == 2) {
 			rng = b;
 			latency(a);

@@ -43,6 +43,9 @@ pub const STALL_RECORD: &str = "pager-stalled.json";
 /// An adopter that reads nothing for so long is given up.
 const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Between two attempts to adopt.
+const ADOPT_RETRY: Duration = Duration::from_millis(10);
+
 /// How long the tasks of a cgroup may take to stop. One that does not is left to stop when it can.
 const FREEZE_WITHIN: Duration = Duration::from_secs(5);
 
@@ -94,22 +97,49 @@ pub struct AdoptedTask {
 }
 
 /// Takes over a pager whose agent is gone, at its [`SUPPLY_SOCKET`]. A container that was frozen meanwhile goes on.
+///
+/// A socket that refuses is tried again until `timeout`: it may be that of a pager that died just now, whose standby will make
+/// another.
 pub fn adopt(path: &Path, timeout: Duration) -> Result<Adopted, PagerHandleError> {
-    let failed = |source| PagerHandleError::Adopt {
-        path: path.to_owned(),
-        source,
-    };
-    let stream = connect(path).map_err(failed)?;
-    stream.set_read_timeout(Some(timeout)).map_err(failed)?;
-    let channel = Channel::new(stream.try_clone().map_err(failed)?).map_err(failed)?;
+    let deadline = Instant::now() + timeout;
+    loop {
+        match try_adopt(path, deadline) {
+            Err(error) if between_two(&error) && Instant::now() < deadline => {
+                std::thread::sleep(ADOPT_RETRY);
+            }
+            other => {
+                return other.map_err(|source| PagerHandleError::Adopt {
+                    path: path.to_owned(),
+                    source,
+                });
+            }
+        }
+    }
+}
+
+/// The socket was about to be closed, or was left behind by a pager that died.
+fn between_two(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionRefused, ConnectionReset, UnexpectedEof};
+    matches!(
+        error.kind(),
+        ConnectionRefused | ConnectionReset | UnexpectedEof
+    )
+}
+
+fn try_adopt(path: &Path, deadline: Instant) -> io::Result<Adopted> {
+    let stream = connect(path)?;
+    let left = deadline.saturating_duration_since(Instant::now());
+    stream.set_read_timeout(Some(left.max(ADOPT_RETRY)))?;
+    let channel = Channel::new(stream.try_clone()?)?;
+    let wrong = |what| io::Error::new(io::ErrorKind::InvalidData, what);
     let mut tasks: Vec<AdoptedTask> = Vec::new();
     let mut named: Option<(i32, OwnedFd, Vec<PageRange>)> = None;
     let line = loop {
-        let received = channel
-            .receive::<Handover>()
-            .map_err(|error| failed(io::Error::other(error)))?
-            .ok_or_else(|| failed(io::ErrorKind::UnexpectedEof.into()))?;
-        let wrong = |what| failed(io::Error::new(io::ErrorKind::InvalidData, what));
+        let received = match channel.receive::<Handover>() {
+            Ok(received) => received.ok_or(io::ErrorKind::UnexpectedEof)?,
+            Err(ChannelError::Receive(error)) => return Err(error),
+            Err(error) => return Err(io::Error::other(error)),
+        };
         let fd = received.fd.ok_or_else(|| wrong("no descriptor"))?;
         match (received.message, named.take()) {
             (Handover::Task { vpid }, None) => named = Some((vpid, fd, received.runs)),
@@ -122,7 +152,7 @@ pub fn adopt(path: &Path, timeout: Duration) -> Result<Adopted, PagerHandleError
             _ => return Err(wrong("a message out of turn")),
         }
     };
-    stream.set_read_timeout(None).map_err(failed)?;
+    stream.set_read_timeout(None)?;
     Ok(Adopted {
         pager: PagerHandle::adopted(channel),
         tasks,
@@ -300,8 +330,8 @@ impl Provision {
     }
 
     fn clear(&mut self) {
-        self.stranded = None;
         let _ = fs::remove_file(self.directory.join(SUPPLY_SOCKET));
+        self.stranded = None;
         if self.record().exists() {
             for freezer in freezers(&self.terms.cgroups) {
                 if let Err(error) = freezer.thaw() {

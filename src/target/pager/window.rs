@@ -2,7 +2,8 @@
 //!
 //! **The rule.** Every request opens a window of pages from the fault on. A fault that no request covers and that lies in a
 //! recent window or at most [`MOST`] pages behind it goes on with that window's stream: its window is twice as large as the
-//! last, up to [`MOST`]. Any other fault begins a stream, with [`FEW`] pages. So one scan soon asks for a quarter of a MiB at a
+//! last, up to [`MOST`]; if it is the very page the window began with, it is asked for again and the window stays as it is.
+//! Any other fault begins a stream, with [`FEW`] pages. So one scan soon asks for a quarter of a MiB at a
 //! time, several scans at once (the last [`STREAMS`] are remembered) do not disturb each other, and faults at random
 //! never ask for more than a few pages, which at 1 Gbit/s delay what comes behind them by 0.13 ms.
 
@@ -36,6 +37,7 @@ impl Windows {
             |stream: &Stream| (stream.start..stream.start + stream.pages + MOST).contains(&page.0);
         let continued = self.streams.iter().position(reaches);
         let pages = match continued.and_then(|at| self.streams.remove(at)) {
+            Some(stream) if stream.start == page.0 => stream.pages,
             Some(stream) => (stream.pages * 2).min(MOST),
             None => FEW,
         };
@@ -93,5 +95,12 @@ mod tests {
         assert_eq!(windows.open(PageNumber(500)), 4);
         assert_eq!(windows.open(PageNumber(500 + 4 + 63)), 8);
         assert_eq!(windows.open(PageNumber(499)), 4);
+    }
+
+    #[test]
+    fn to_ask_again_is_no_scan() {
+        let mut windows = Windows::default();
+        let opened = [500, 500, 504, 504].map(|page| windows.open(PageNumber(page)));
+        assert_eq!(opened, [4, 4, 8, 8]);
     }
 }
