@@ -4,13 +4,18 @@
 //! answered first, the rest is filled in the background, and what is filled is freed from the memfd, so that
 //! memory is not held twice. The container runs meanwhile, which is why downtime does not grow with its memory.
 //!
+//! In post-copy some pages are *owed*: still at the source when the container runs. The agent brings them into the memfds and
+//! puts them on record ([`Arrivals`](crate::target::arrivals)); the pager asks for what somebody waits for, and places what is
+//! on record and nothing else.
+//!
 //! ```text
 //!            control (stdin)              standby link
 //!   agent ◀───────────────────▶ pager ◀───────────────▶ standby
-//!                                 ▲ │                      ┆ holds every descriptor, reads none
-//!   CRIU ── lazy-pages.socket ────┘ │
-//!            userfaultfds           ▼  1–2 workers: events → faults → fill
-//!                               container
+//!     ▲                          ▲ ▲ │                     ┆ holds every descriptor, reads none
+//!     │ supply line: Want, Came  │ │ │
+//!     └──────────────────────────┘ │ ▼
+//!   CRIU ── lazy-pages.socket ─────┘ 1–2 workers: events → arrivals → faults → requests → fill
+//!            userfaultfds            container
 //! ```
 //!
 //! # Who may die
@@ -26,6 +31,18 @@
 //!   cannot know the address space any more: it kills every process of the container, and leaves `pager-death.json` in the
 //!   state directory. It does the same if it fails itself.
 //! - *The standby dies*: the pager says so (`StandbyLost`) and goes on alone.
+//!
+//! While pages are owed, after `Released`:
+//!
+//! - *The agent dies*, or its supply line ends: what has come is placed, who needs more waits. The pager opens
+//!   [`SUPPLY_SOCKET`] in the parent of CRIU's work directory; there a restarted agent adopts it ([`adopt`]), with the memfds,
+//!   the records of arrivals and a new supply line. What was asked for is asked for again.
+//! - *Nobody comes* within the patience: the pager freezes the container's cgroups and leaves [`STALL_RECORD`] beside the
+//!   socket. Nothing is killed and nothing is lost; an adoption thaws it.
+//! - *The pager dies*: the standby has the records and the supply line too. An arrival that the dead pager had read from the line
+//!   is on record; a request that it had sent is sent again, so the agent may be asked twice for a page it is bringing. The
+//!   agent has nothing to do (it hears `TookOver`).
+//! - *A process exits while it waits*: no event tells, so those who wait for owed pages are probed four times a second.
 //!
 //! What remains: both dying together (SIGKILL to both, a host-wide OOM although both ask to be spared; a service manager
 //! that kills the agent's whole cgroup: its unit needs `KillMode=process`), and the pager dying after a standby
