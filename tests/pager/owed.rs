@@ -664,3 +664,65 @@ fn a_supply_line_that_ends_before_release_is_replaced_by_the_agent() {
     scene.done();
     working.stop();
 }
+
+#[test]
+fn what_is_no_message_ends_the_line_and_another_is_asked_for_the_same() {
+    let (mut scene, bringer) = owing(&[512], all_of, nothing);
+    scene.task().say("check 0 512 0");
+    let asked = bringer.next_want(PATIENCE).expect("a request");
+    rustix::net::send(&bringer.line, b"nonsense", rustix::net::SendFlags::empty()).expect("sent");
+    assert_eq!(bringer.next_want(PATIENCE), None);
+    let line = scene.pager.supply().expect("a supply line");
+    let bringer = Bringer { line, ..bringer };
+    assert_eq!(bringer.next_want(PATIENCE), Some(asked));
+    assert!(bringer.line.send(SupplyMessage::AskAgain).expect("open"));
+    assert_eq!(bringer.next_want(PATIENCE), Some(asked));
+    bringer.bring(asked.0, asked.1);
+    let working = bringer.work(true);
+    assert_eq!(scene.task().answer(), "ok");
+    scene.done();
+    working.stop();
+}
+
+#[test]
+fn a_stranger_cannot_adopt_a_pager() {
+    let (scene, bringer) = owing(&[512], all_of, nothing);
+    let mut orphaned = orphan(scene, bringer);
+    let directory = orphaned.directory.path();
+    let socket = directory.join(SUPPLY_SOCKET);
+    wait_until("an adoption socket", || socket.exists());
+    // In the way of nobody's process is only the pager itself.
+    let program = directory.join("task");
+    std::fs::copy(task_program(), &program).expect("copied");
+    for open in [directory, &socket] {
+        let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+        std::fs::set_permissions(open, everybody).expect("opened");
+    }
+    let stranger = std::os::unix::process::CommandExt::uid(&mut Command::new(&program), 65_534)
+        .arg("connect")
+        .arg(&socket)
+        .status()
+        .expect("run");
+    assert_eq!(stranger.code(), Some(0));
+    let mut adopted = orphaned.adopt();
+    let working = orphaned.bringer(&mut adopted).work(true);
+    orphaned.tasks[0].check_everything();
+    adopted.pager.wait_done(PATIENCE).expect("done");
+    working.stop();
+}
+
+#[test]
+fn a_pager_without_a_standby_is_adopted_and_a_task_that_ended_is_no_concern() {
+    let (mut scene, bringer) = owing(&[512, 1024], all_of, nothing);
+    kill(scene.standby_pid());
+    // The first task ends, and only the second is handed over.
+    drop(scene.tasks.remove(0));
+    wait_filled(&mut scene.pager);
+    let mut orphaned = orphan(scene, bringer);
+    orphaned.ledgers.remove(0);
+    let mut adopted = orphaned.adopt();
+    let working = orphaned.bringer(&mut adopted).work(true);
+    orphaned.tasks[0].check_everything();
+    adopted.pager.wait_done(PATIENCE).expect("done");
+    working.stop();
+}

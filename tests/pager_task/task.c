@@ -4,6 +4,7 @@
  * it does what it is told on file descriptor 1, one line a command, one line an answer.
  *
  * usage: task VPID BASE PAGES DELAY_MS     BASE: address in hex; DELAY_MS: between handing over and registering
+ *        task connect SOCKET               connects; exit code 0: nothing was said to it before the end
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -17,6 +18,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -241,8 +243,21 @@ static void stress(long ops)
 	free(home);
 }
 
+static int connects_in_vain(const char *path)
+{
+	struct sockaddr_un address = {.sun_family = AF_UNIX};
+	char byte;
+	int sock = socket(AF_UNIX, SOCK_STREAM, 0);
+	strncpy(address.sun_path, path, sizeof(address.sun_path) - 1);
+	if (sock < 0 || connect(sock, (struct sockaddr *)&address, sizeof(address)))
+		return 2;
+	return read(sock, &byte, 1) > 0;
+}
+
 int main(int argc, char **argv)
 {
+	if (argc == 3 && !strcmp(argv[1], "connect"))
+		return connects_in_vain(argv[2]);
 	if (argc != 5)
 		return 2;
 	int vpid = atoi(argv[1]);

@@ -51,6 +51,7 @@
 //! A mapping with `MADV_WIPEONFORK` that is forked while its pages are missing shows the child those pages instead of zeros:
 //! the event does not say which mappings are wiped.
 
+mod adoption;
 mod channel;
 mod control;
 mod daemon;
@@ -66,13 +67,14 @@ mod wanted;
 mod window;
 mod worker;
 
+pub use adoption::{Adopted, AdoptedTask, adopt};
 pub use channel::ChannelError;
 pub use control::{
     FillSummary, OwedMemory, PagerEvent, PagerHandle, PagerHandleError, TaskFill, TaskMemory,
 };
 pub use daemon::PagerError;
 pub use family::FamilyError;
-pub use provision::{Adopted, AdoptedTask, STALL_RECORD, SUPPLY_SOCKET, adopt};
+pub use provision::{STALL_RECORD, SUPPLY_SOCKET};
 pub use standby::{DEATH_RECORD, StandbyFailure};
 pub use standby_link::StandbyError;
 pub use supply::{Heard, SupplyLine, SupplyMessage};

@@ -11,26 +11,20 @@
 //!
 //! Both files lie in the parent of CRIU's work directory: it belongs to one migration, so that two pagers do not meet, and it
 //! outlives the agent. Whoever clears it away must leave it alone while the pager lives.
-//!
-//! An adopter connects to the socket; its user must be ours. It is sent, on what is its control socket from then on:
-//!
-//! ```text
-//!  ◀── Task{vpid} + memfd + owed runs      ◀── Arrivals{vpid} + record      once per task that is owed pages
-//!  ◀── Complete + its end of a supply line
-//! ```
 
+use super::adoption::Handover;
 use super::channel::{Channel, ChannelError};
-use super::control::{OwedMemory, PagerHandle, PagerHandleError, Terms};
+use super::control::Terms;
 use super::supply::SupplyLine;
 use crate::memory::PageRange;
 use crate::runtime::Freezer;
 use crate::target::arrivals::Arrivals;
 use rustix::net::sockopt;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -43,9 +37,6 @@ pub const STALL_RECORD: &str = "pager-stalled.json";
 /// An adopter that reads nothing for so long is given up.
 const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Between two attempts to adopt.
-const ADOPT_RETRY: Duration = Duration::from_millis(10);
-
 /// How long the tasks of a cgroup may take to stop. One that does not is left to stop when it can.
 const FREEZE_WITHIN: Duration = Duration::from_secs(5);
 
@@ -54,7 +45,7 @@ const FREEZE_WITHIN: Duration = Duration::from_secs(5);
 struct StallRecord<'a> {
     unix_ms: u128,
     reason: &'static str,
-    /// Pages not on record.
+    /// Pages not on record, of tasks that still want some.
     missing_pages: u64,
     cgroups: &'a [PathBuf],
     /// Whether every task of them stands still.
@@ -63,108 +54,13 @@ struct StallRecord<'a> {
     adopt_at: PathBuf,
 }
 
-/// Pager → adopter.
-#[derive(Debug, Serialize, Deserialize)]
-enum Handover {
-    /// With the memfd and the owed runs.
-    Task { vpid: i32 },
-    /// With the record of arrivals of the task just named.
-    Arrivals { vpid: i32 },
-    /// With the agent's end of a supply line.
-    Complete,
-}
-
-/// A pager taken over from an agent that died.
-#[derive(Debug)]
-pub struct Adopted {
-    /// For the events from now on, and further supply lines.
-    pub pager: PagerHandle,
-    /// Every task that was owed pages at the beginning.
-    pub tasks: Vec<AdoptedTask>,
-    /// Where the pager asks from now on. It has asked again for all that somebody waits for.
-    pub line: SupplyLine,
-}
-
-/// A task of an adopted pager.
-#[derive(Debug)]
-pub struct AdoptedTask {
-    /// Its pid inside the container.
-    pub vpid: i32,
-    /// The memfd of its space.
-    pub memfd: OwnedFd,
-    /// What was owed at the beginning, and the record of what has come since.
-    pub owed: OwedMemory,
-}
-
-/// Takes over a pager whose agent is gone, at its [`SUPPLY_SOCKET`]. A container that was frozen meanwhile goes on.
-///
-/// A socket that refuses is tried again until `timeout`: it may be that of a pager that died just now, whose standby will make
-/// another.
-pub fn adopt(path: &Path, timeout: Duration) -> Result<Adopted, PagerHandleError> {
-    let deadline = Instant::now() + timeout;
-    loop {
-        match try_adopt(path, deadline) {
-            Err(error) if between_two(&error) && Instant::now() < deadline => {
-                std::thread::sleep(ADOPT_RETRY);
-            }
-            other => {
-                return other.map_err(|source| PagerHandleError::Adopt {
-                    path: path.to_owned(),
-                    source,
-                });
-            }
-        }
-    }
-}
-
-/// The socket was about to be closed, or was left behind by a pager that died.
-fn between_two(error: &io::Error) -> bool {
-    use io::ErrorKind::{ConnectionRefused, ConnectionReset, UnexpectedEof};
-    matches!(
-        error.kind(),
-        ConnectionRefused | ConnectionReset | UnexpectedEof
-    )
-}
-
-fn try_adopt(path: &Path, deadline: Instant) -> io::Result<Adopted> {
-    let stream = connect(path)?;
-    let left = deadline.saturating_duration_since(Instant::now());
-    stream.set_read_timeout(Some(left.max(ADOPT_RETRY)))?;
-    let channel = Channel::new(stream.try_clone()?)?;
-    let wrong = |what| io::Error::new(io::ErrorKind::InvalidData, what);
-    let mut tasks: Vec<AdoptedTask> = Vec::new();
-    let mut named: Option<(i32, OwnedFd, Vec<PageRange>)> = None;
-    let line = loop {
-        let received = match channel.receive::<Handover>() {
-            Ok(received) => received.ok_or(io::ErrorKind::UnexpectedEof)?,
-            Err(ChannelError::Receive(error)) => return Err(error),
-            Err(error) => return Err(io::Error::other(error)),
-        };
-        let fd = received.fd.ok_or_else(|| wrong("no descriptor"))?;
-        match (received.message, named.take()) {
-            (Handover::Task { vpid }, None) => named = Some((vpid, fd, received.runs)),
-            (Handover::Arrivals { vpid }, Some((task, memfd, pages))) if vpid == task => {
-                let arrivals = Arrivals::from_fd(fd);
-                let owed = OwedMemory { pages, arrivals };
-                tasks.push(AdoptedTask { vpid, memfd, owed });
-            }
-            (Handover::Complete, None) => break SupplyLine::from_fd(fd),
-            _ => return Err(wrong("a message out of turn")),
-        }
-    };
-    stream.set_read_timeout(None)?;
-    Ok(Adopted {
-        pager: PagerHandle::adopted(channel),
-        tasks,
-        line,
-    })
-}
-
 /// What the main thread of a pager, or of a standby in its place, knows about the owed pages.
 #[derive(Debug, Default)]
 pub(super) struct Provision {
     directory: PathBuf,
     terms: Terms,
+    post_copy: bool,
+    /// Those that still want pages.
     tasks: Vec<OwingTask>,
     /// Of the last supply line.
     number: u64,
@@ -208,6 +104,7 @@ impl Provision {
         arrivals: &Arrivals,
         owed: Vec<PageRange>,
     ) -> io::Result<()> {
+        self.post_copy = true;
         self.tasks.push(OwingTask {
             vpid,
             memfd: memfd.try_clone_to_owned()?,
@@ -279,6 +176,11 @@ impl Provision {
         Ok(true)
     }
 
+    /// A task has all it wants: what is still owed to it is nobody's concern.
+    pub fn filled(&mut self, vpid: i32) {
+        self.tasks.retain(|task| task.vpid != vpid);
+    }
+
     /// Hands everything to whoever has connected. `None`: they were a stranger, or left.
     pub fn hand_over(&mut self) -> Option<(Channel, SupplyLine)> {
         let listener = self.stranded.as_ref()?.listener.as_ref()?;
@@ -310,14 +212,14 @@ impl Provision {
             .ok()
     }
 
-    /// Removes what lies about. Every page has come.
+    /// Removes what lies about: nobody waits any more.
     pub fn finish(&mut self) {
-        if !self.tasks.is_empty() {
+        if self.post_copy {
             self.clear();
         }
     }
 
-    /// Owed pages that are not on record.
+    /// Owed pages that are not on record, of tasks that still want some.
     fn missing(&self) -> io::Result<u64> {
         let mut missing = 0;
         for task in &self.tasks {
@@ -409,14 +311,7 @@ pub(super) fn bind(directory: &Path, name: &str) -> io::Result<UnixListener> {
     UnixListener::bind(&path)
 }
 
-fn connect(path: &Path) -> io::Result<UnixStream> {
-    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(io::ErrorKind::InvalidInput.into());
-    };
-    let directory = File::open(directory)?;
-    UnixStream::connect(beside(&directory, name))
-}
-
-fn beside(directory: &File, name: impl AsRef<Path>) -> PathBuf {
+/// The path of a file in an open directory.
+pub(super) fn beside(directory: &File, name: impl AsRef<Path>) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name)
 }

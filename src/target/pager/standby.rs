@@ -331,7 +331,10 @@ impl Standby {
             }
             for event in service.events() {
                 match event {
-                    ServiceEvent::Filled(fill) => self.tell_agent(&PagerEvent::Filled(fill)),
+                    ServiceEvent::Filled(fill) => {
+                        self.provision.filled(fill.vpid);
+                        self.tell_agent(&PagerEvent::Filled(fill));
+                    }
                     ServiceEvent::SupplyEnded(number) => {
                         self.provision.ended(number);
                         self.provision

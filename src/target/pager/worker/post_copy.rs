@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 /// Messages read in one turn, so that faults are answered between them.
-const HEARD_AT_ONCE: usize = 64;
+const HEARD_AT_ONCE: usize = 16;
 
 /// How often address spaces that wait for owed pages are asked whether they still live: a process that exits says nothing.
 const PROBE_EVERY: Duration = Duration::from_millis(250);
@@ -195,9 +195,11 @@ impl Worker {
     }
 
     fn drop_line(&mut self) -> Result<(), Errno> {
-        match self.supplies.line.take() {
-            Some(line) => self.epoll.delete(&line),
-            None => Ok(()),
+        if let Some(line) = self.supplies.line.take() {
+            self.epoll.delete(&line)?;
+            // The standby has a copy of it; the agent must not go on talking to that.
+            line.hang_up();
         }
+        Ok(())
     }
 }
