@@ -52,11 +52,22 @@ impl Bringer {
             match self.line.receive().expect("a sound line") {
                 Heard::Message(SupplyMessage::Want { vpid, pages }) => return Some((vpid, pages)),
                 Heard::Message(other) => panic!("the pager says {other:?}"),
-                Heard::Nothing => std::thread::sleep(Duration::from_micros(100)),
+                Heard::Nothing => self.listen(),
                 Heard::End => return None,
             }
         }
         None
+    }
+
+    /// Waits a moment for a message.
+    fn listen(&self) {
+        let moment = rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: 1_000_000,
+        };
+        let line = rustix::event::PollFd::new(&self.line, rustix::event::PollFlags::IN);
+        // Interrupted or not, the caller looks again.
+        let _ = rustix::event::poll(&mut [line], Some(&moment));
     }
 
     /// Places the contents and puts them on record.
@@ -108,7 +119,7 @@ impl Bringer {
                     }
                     Ok(Heard::Nothing) => match unasked.pop() {
                         Some((vpid, pages)) => self.bring(vpid, pages),
-                        None => std::thread::sleep(Duration::from_micros(100)),
+                        None => self.listen(),
                     },
                     _ => break,
                 }
@@ -725,4 +736,21 @@ fn a_pager_without_a_standby_is_adopted_and_a_task_that_ended_is_no_concern() {
     orphaned.tasks[0].check_everything();
     adopted.pager.wait_done(PATIENCE).expect("done");
     working.stop();
+}
+
+#[test]
+fn faults_are_answered_under_full_push() {
+    for push in [false, true] {
+        let (mut scene, bringer) = owing(&[32_768], all_of, nothing);
+        let working = bringer.work(push);
+        let answer = scene.task().tell("latency 400 4711");
+        println!("push {push}: faults, p50, p99, longest (ns): {answer}");
+        assert!(answer.starts_with("latency "), "{answer}");
+        let (bringer, _) = working.stop();
+        let working = bringer.work(true);
+        scene.task().check_everything();
+        let summary = scene.done();
+        println!("{summary:?}");
+        working.stop();
+    }
 }
