@@ -59,8 +59,8 @@ pub struct AdoptedTask {
 
 /// Takes over a pager whose agent is gone, at its [`SUPPLY_SOCKET`](super::SUPPLY_SOCKET). A container that was frozen meanwhile goes on.
 ///
-/// A socket that refuses is tried again until `timeout`: it may be that of a pager that died just now, whose standby will make
-/// another.
+/// An attempt that fails half-way is repeated until `timeout`: the pager may have died just now, and its standby opens
+/// the socket anew.
 pub fn adopt(path: &Path, timeout: Duration) -> Result<Adopted, PagerHandleError> {
     let deadline = Instant::now() + timeout;
     loop {
@@ -78,12 +78,13 @@ pub fn adopt(path: &Path, timeout: Duration) -> Result<Adopted, PagerHandleError
     }
 }
 
-/// The socket was about to be closed, or was left behind by a pager that died.
+/// The socket was about to be closed or was left behind by a pager that died, or it died within the adoption; then its standby
+/// says so in the middle of it.
 fn between_two(error: &io::Error) -> bool {
-    use io::ErrorKind::{ConnectionRefused, ConnectionReset, UnexpectedEof};
+    use io::ErrorKind::{ConnectionRefused, ConnectionReset, InvalidData, UnexpectedEof};
     matches!(
         error.kind(),
-        ConnectionRefused | ConnectionReset | UnexpectedEof
+        ConnectionRefused | ConnectionReset | InvalidData | UnexpectedEof
     )
 }
 
@@ -99,7 +100,7 @@ fn try_adopt(path: &Path, deadline: Instant) -> io::Result<Adopted> {
         let received = match channel.receive::<Handover>() {
             Ok(received) => received.ok_or(io::ErrorKind::UnexpectedEof)?,
             Err(ChannelError::Receive(error)) => return Err(error),
-            Err(error) => return Err(io::Error::other(error)),
+            Err(error) => return Err(io::Error::new(io::ErrorKind::InvalidData, error)),
         };
         let fd = received.fd.ok_or_else(|| wrong("no descriptor"))?;
         match (received.message, named.take()) {

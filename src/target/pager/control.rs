@@ -275,7 +275,8 @@ impl PagerHandle {
     }
 
     /// Gives the pager a new supply line and returns the agent's end. The line before is closed, and whatever somebody waits
-    /// for is asked for again. From [`PagerHandle::serve`] on.
+    /// for is asked for again. From [`PagerHandle::serve`] on. A line that ends while the pager or its standby lives (a pager
+    /// that died before it could tell its standby of it) is replaced by calling this again.
     pub fn supply(&self) -> Result<SupplyLine, PagerHandleError> {
         let (ours, theirs) = SupplyLine::pair().map_err(PagerHandleError::Supply)?;
         self.channel.send_fd(&AgentOrder::Supply, theirs.as_fd())?;

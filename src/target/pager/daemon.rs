@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -355,15 +355,20 @@ impl Pager {
 
     /// Another agent comes in place of the one that is gone.
     fn be_adopted(&mut self) -> Result<(), PagerError> {
-        let Some((agent, line)) = self.provision.hand_over() else {
+        let Some(adoption) = self.provision.hand_over() else {
             return Ok(());
         };
+        let copy = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(PagerError::Provision);
+        let (control, line) = (copy(adoption.agent.as_fd())?, copy(adoption.line.as_fd())?);
+        self.tell_standby(&StandbyOrder::Agent, &[], Some(control.as_fd()))?;
+        self.tell_standby(&StandbyOrder::Supply, &[], Some(line.as_fd()))?;
+        let (agent, line) = adoption.complete();
         self.agent = agent;
         self.agent_open = true;
-        let agent = self.agent.as_fd().try_clone_to_owned();
-        let agent = agent.map_err(PagerError::Provision)?;
-        self.tell_standby(&StandbyOrder::Agent, &[], Some(agent.as_fd()))?;
-        self.supply(line)
+        if let Some(service) = &self.service {
+            service.supply(line, self.provision.supplied());
+        }
+        Ok(())
     }
 
     fn accept_criu(&mut self) -> Result<(), PagerError> {
@@ -507,7 +512,7 @@ impl Pager {
         &mut self,
         order: &StandbyOrder,
         runs: &[crate::memory::PageRange],
-        fd: Option<std::os::fd::BorrowedFd<'_>>,
+        fd: Option<BorrowedFd<'_>>,
     ) -> Result<(), PagerError> {
         let Some(mirror) = &self.mirror else {
             return Ok(());

@@ -76,6 +76,16 @@ struct OwingTask {
     owed: Vec<PageRange>,
 }
 
+/// An adoption that lacks only the last word.
+#[derive(Debug)]
+pub(super) struct Adoption {
+    /// The control socket from now on.
+    pub agent: Channel,
+    /// The pager's end of the supply line.
+    pub line: SupplyLine,
+    theirs: SupplyLine,
+}
+
 #[derive(Debug)]
 struct Stranded {
     /// `None` if the socket could not be made.
@@ -160,15 +170,16 @@ impl Provision {
 
     /// Freezes the container if nobody came in time. `true`: this was done now.
     pub fn freeze_if_due(&mut self) -> io::Result<bool> {
-        let now = Instant::now();
-        let missing_pages = self.missing()?;
-        let Some(stranded) = &mut self.stranded else {
-            return Ok(false);
-        };
-        if stranded.freeze_at.is_none_or(|at| now < at) || missing_pages == 0 {
+        if self.patience() != Some(Duration::ZERO) {
             return Ok(false);
         }
-        stranded.freeze_at = None;
+        if let Some(stranded) = &mut self.stranded {
+            stranded.freeze_at = None;
+        }
+        let missing_pages = self.missing()?;
+        if missing_pages == 0 {
+            return Ok(false);
+        }
         // The record first: it is what a successor knows the freezing by.
         self.write_record(missing_pages, false)?;
         let frozen = freeze(&self.terms.cgroups);
@@ -181,33 +192,13 @@ impl Provision {
         self.tasks.retain(|task| task.vpid != vpid);
     }
 
-    /// Hands everything to whoever has connected. `None`: they were a stranger, or left.
-    pub fn hand_over(&mut self) -> Option<(Channel, SupplyLine)> {
+    /// Hands everything but the supply line to whoever has connected. `None`: they were a stranger, or left.
+    ///
+    /// The line is for [`Adoption::complete`], when the standby knows it too: an adopter that has been told that all is complete
+    /// may take the end of its control socket for the end of everything.
+    pub fn hand_over(&mut self) -> Option<Adoption> {
         let listener = self.stranded.as_ref()?.listener.as_ref()?;
-        let attempt = || -> Result<(Channel, SupplyLine), ChannelError> {
-            let (stream, _) = listener.accept().map_err(ChannelError::Receive)?;
-            let peer = sockopt::socket_peercred(&stream)
-                .map_err(|errno| ChannelError::Receive(errno.into()))?;
-            if peer.uid != rustix::process::geteuid() {
-                return Err(ChannelError::Receive(
-                    io::ErrorKind::PermissionDenied.into(),
-                ));
-            }
-            let channel = Channel::new(stream).map_err(ChannelError::Send)?;
-            channel
-                .set_send_timeout(SEND_TIMEOUT)
-                .map_err(ChannelError::Send)?;
-            for task in &self.tasks {
-                let vpid = task.vpid;
-                let memfd = Some(task.memfd.as_fd());
-                channel.send_with(&Handover::Task { vpid }, &task.owed, memfd)?;
-                channel.send_fd(&Handover::Arrivals { vpid }, task.arrivals.as_fd())?;
-            }
-            let (ours, theirs) = SupplyLine::pair().map_err(ChannelError::Send)?;
-            channel.send_fd(&Handover::Complete, theirs.as_fd())?;
-            Ok((channel, ours))
-        };
-        attempt()
+        Adoption::begin(listener, &self.tasks)
             .inspect_err(|error| tracing::warn!("an adoption failed: {error}"))
             .ok()
     }
@@ -262,6 +253,41 @@ impl Provision {
         let mut file = File::create(self.record())?;
         writeln!(file, "{line}")?;
         file.sync_all()
+    }
+}
+
+impl Adoption {
+    fn begin(listener: &UnixListener, tasks: &[OwingTask]) -> Result<Self, ChannelError> {
+        let (stream, _) = listener.accept().map_err(ChannelError::Receive)?;
+        let peer = sockopt::socket_peercred(&stream)
+            .map_err(|errno| ChannelError::Receive(errno.into()))?;
+        if peer.uid != rustix::process::geteuid() {
+            return Err(ChannelError::Receive(
+                io::ErrorKind::PermissionDenied.into(),
+            ));
+        }
+        let agent = Channel::new(stream).map_err(ChannelError::Send)?;
+        agent
+            .set_send_timeout(SEND_TIMEOUT)
+            .map_err(ChannelError::Send)?;
+        for task in tasks {
+            let vpid = task.vpid;
+            let memfd = Some(task.memfd.as_fd());
+            agent.send_with(&Handover::Task { vpid }, &task.owed, memfd)?;
+            agent.send_fd(&Handover::Arrivals { vpid }, task.arrivals.as_fd())?;
+        }
+        let (line, theirs) = SupplyLine::pair().map_err(ChannelError::Send)?;
+        Ok(Adoption {
+            agent,
+            line,
+            theirs,
+        })
+    }
+
+    /// Says the last word. If it does not arrive the supply line ends, and another may adopt.
+    pub fn complete(self) -> (Channel, SupplyLine) {
+        let _ = self.agent.send_fd(&Handover::Complete, self.theirs.as_fd());
+        (self.agent, self.line)
     }
 }
 

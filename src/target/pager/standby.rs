@@ -324,8 +324,9 @@ impl Standby {
                 self.hear_agent(service);
             }
             if ready.adopter
-                && let Some((agent, line)) = self.provision.hand_over()
+                && let Some(adoption) = self.provision.hand_over()
             {
+                let (agent, line) = adoption.complete();
                 self.agent = Some(agent);
                 service.supply(line, self.provision.supplied());
             }
