@@ -85,6 +85,7 @@ fn messages() -> Vec<Message> {
                 size: 17,
             }],
             frames_per_stream: vec![3, 4],
+            owed_pages: 0,
         }
         .into(),
         Commit {}.into(),

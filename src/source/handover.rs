@@ -493,10 +493,16 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             SourceAction::ConfirmHold => Some(self.confirm_hold()),
             SourceAction::RecordDeciding => {
                 let target_journal = self.target_journal?;
-                Some(self.record(&Record::Deciding { target_journal }))
+                let owing = None;
+                Some(self.record(&Record::Deciding {
+                    target_journal,
+                    owing,
+                }))
             }
             SourceAction::SendCommit => self.send_commit(),
             SourceAction::AskTarget => Some(self.ask_target()),
+            SourceAction::RecordServing => self.note_record(&Record::Serving),
+            SourceAction::ServePages => None,
             SourceAction::RecordCommitted => {
                 let downtime = self.timeline.downtime(self.began.elapsed());
                 let downtime = downtime.map_or(Duration::ZERO, |downtime| downtime.total);

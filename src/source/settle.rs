@@ -97,6 +97,8 @@ impl Question<'_> {
     fn meaning(&self, journal: JournalId, fate: Fate) -> SourceEvent {
         match fate {
             Fate::Committed => SourceEvent::TargetSaysCommitted,
+            // What is lost there is kept here: whether it is worth anything is for a person to say.
+            Fate::Serving | Fate::Lost => SourceEvent::TargetSaysServing,
             Fate::RolledBack => SourceEvent::TargetSaysRolledBack,
             Fate::InProgress => SourceEvent::TargetSaysPending,
             // "Never heard of it" proves something only from the journal that prepared it.

@@ -222,6 +222,7 @@ impl<S: FrameSink> Handover<'_, S> {
                 .collect(),
             image_files,
             frames_per_stream: self.pages()?.frames(),
+            owed_pages: 0,
         };
         let link = self
             .link

@@ -261,6 +261,9 @@ pub struct Manifest {
     /// Frames sent since the beginning on each page stream, by its index.
     #[serde(deserialize_with = "at_most::<MAX_PAGE_STREAMS, _, _>")]
     pub frames_per_stream: Vec<u64>,
+    /// Pages that were declared owed on the page streams: the copy runs before they come. 0 in pre-copy.
+    #[serde(default)]
+    pub owed_pages: u64,
 }
 
 impl Manifest {
@@ -326,6 +329,13 @@ pub struct Abort {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Query {
     /// The attempt asked about.
+    pub migration: MigrationId,
+}
+
+/// This connection takes the place of a lost one, on which owed pages were sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Resume {
+    /// The migration whose copy is owed pages.
     pub migration: MigrationId,
 }
 
@@ -403,6 +413,17 @@ pub struct Filled {
     pub after_release_us: u64,
 }
 
+/// Every owed page has arrived: nothing of the container is needed at the source any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Whole {
+    /// From the release to the last page's arrival, in microseconds.
+    pub after_release_us: u64,
+}
+
+/// Go on sending owed pages: which are still missing comes on the fault streams.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Resumed {}
+
 /// What became of a migration.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Outcome {
@@ -416,8 +437,12 @@ pub struct Outcome {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Fate {
-    /// The container was released here: only the target may run it.
+    /// The container was released here: only the target may run it. It needs nothing from the source any more.
     Committed,
+    /// The container was released here and is owed pages that only the source has.
+    Serving,
+    /// The container was released here and ended when pages it was owed could not be had. Nothing can be sent to it any more.
+    Lost,
     /// The container was not released here and never will be.
     RolledBack,
     /// The target's journal does not know the migration.
