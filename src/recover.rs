@@ -34,6 +34,8 @@ pub enum End {
     Running,
     /// The target has not said; the container stays frozen at the source.
     Unknown(String),
+    /// The container lives at the target and lacks pages that are kept at the source.
+    Incomplete(String),
     /// Something stands in the way.
     Stuck(String),
 }
@@ -64,6 +66,7 @@ fn source_end(state_dir: &Path, migration: MigrationId) -> Option<End> {
         Ok(Some(Settled::Committed)) => End::Moved,
         Ok(Some(Settled::RolledBack)) => End::RolledBack,
         Ok(Some(Settled::Unknown { reason })) => End::Unknown(reason),
+        Ok(Some(Settled::Incomplete { reason })) => End::Incomplete(reason),
         Err(error) => End::Stuck(error.to_string()),
     })
 }

@@ -86,6 +86,7 @@ fn messages() -> Vec<Message> {
             }],
             frames_per_stream: vec![3, 4],
             owed_pages: 0,
+            reconnect_s: 0,
         }
         .into(),
         Commit {}.into(),

@@ -68,7 +68,8 @@ fn stop(error: &clap::Error) -> Stop {
     subcommand_negates_reqs = true,
     disable_help_subcommand = true,
     after_help = "Exit codes: 0 moved (or done), 1 internal error, 2 usage, 3 refused by preflight (nothing touched),\n\
-                  4 rolled back (the container goes on here), 5 unknown (the container is frozen here; migrate recover finds out)."
+                  4 rolled back (the container goes on here), 5 unknown (the container is frozen here; migrate recover finds out),\n\
+                  6 incomplete (it lives at the target and lacks pages that are kept here; migrate resume goes on)."
 )]
 struct Typed {
     #[command(subcommand)]
@@ -167,6 +168,11 @@ enum Command {
     },
     /// Finish or undo what a crash left
     Recover {
+        #[command(flatten)]
+        state: StateDir,
+    },
+    /// Go on sending pages to containers that moved away in post-copy and whose link broke
+    Resume {
         #[command(flatten)]
         state: StateDir,
     },
@@ -318,6 +324,9 @@ impl From<Command> for Plan {
             Command::Recover { state } => Plan::Recover {
                 state_dir: state.state_dir,
             },
+            Command::Resume { state } => Plan::Resume {
+                state_dir: state.state_dir,
+            },
             Command::Hook { directory, journal } => Plan::Hook(HookPlan { directory, journal }),
             Command::Pager(passed) => Plan::Pager(passed.arguments),
             Command::Guard(passed) => Plan::Guard(passed.arguments),
@@ -406,6 +415,12 @@ mod tests {
             plan("recover"),
             Ok(Plan::Recover {
                 state_dir: "/var/lib/migrate".into()
+            })
+        );
+        assert_eq!(
+            plan("resume --state-dir /s"),
+            Ok(Plan::Resume {
+                state_dir: "/s".into()
             })
         );
     }

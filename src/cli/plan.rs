@@ -33,6 +33,11 @@ pub enum Plan {
         /// Whose journals to read.
         state_dir: PathBuf,
     },
+    /// `migrate resume`
+    Resume {
+        /// Whose journals to read.
+        state_dir: PathBuf,
+    },
     /// `migrate hook`: CRIU's action script asks the engine, or the journal if the engine is gone.
     Hook(HookPlan),
     /// `migrate pager`: the process that serves page faults at the target.

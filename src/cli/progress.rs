@@ -158,6 +158,34 @@ pub fn show(event: &TimedEvent, width: Option<usize>) -> Vec<Shown> {
         Event::Committed { downtime } => {
             line(format!("committed after {} of downtime", time(*downtime)))
         }
+        Event::Serving {
+            pages_left,
+            bytes_wire,
+            faults,
+        } => passing(
+            width,
+            0,
+            format!(
+                "serving: {} left, {} sent, {faults} faults answered",
+                memory(*pages_left),
+                bytes(*bytes_wire)
+            ),
+        ),
+        Event::LinkLost { reason, patience } => line(format!(
+            "link lost, looking for the target for {}: {reason}",
+            time(*patience)
+        )),
+        Event::LinkBack { duration } => line(format!("link back after {}", time(*duration))),
+        Event::Whole { duration } => line(format!(
+            "target: last page arrived {} after the release",
+            time(*duration)
+        )),
+        Event::Incomplete {
+            reason,
+            how_to_go_on,
+        } => line(format!(
+            "incomplete: {reason}; the missing pages are kept here until `{how_to_go_on}` brings them"
+        )),
         Event::RolledBack {
             reason, downtime, ..
         } => {
@@ -295,6 +323,10 @@ mod tests {
             "held: skeleton of 130.0 KiB in 37 ms",
             "target: prepared, restored in 41 ms",
             "committed after 118 ms of downtime",
+            "link lost, looking for the target for 5 min 00 s: the connection timed out",
+            "link back after 5.0 s",
+            "target: last page arrived 6.0 s after the release",
+            "incomplete: the connection timed out; the missing pages are kept here until `migrate resume` brings them",
             "rolled back after 103 ms of downtime: the connection to the target broke",
             "unknown: no answer to commit within 5 s; the container stays frozen here until `migrate recover` finds out",
             "target: last page filled 240 ms after the release",

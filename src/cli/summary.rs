@@ -72,6 +72,11 @@ fn outcome(report: &Report) -> String {
                 "it is not known whether {container} runs at {target}: {reason}. It is frozen here; run: migrate recover"
             )
         }
+        Outcome::Incomplete { reason } => {
+            format!(
+                "{container} lives at {target} and lacks pages that are kept here: {reason}. When the link is back, run: migrate resume"
+            )
+        }
     }
 }
 

@@ -135,6 +135,42 @@ pub enum Event {
         #[serde(rename = "downtime_ms", with = "millis")]
         downtime: Duration,
     },
+    /// Post-copy: the container runs at the target, which is owed pages. Sent now and then until it has them.
+    Serving {
+        /// Pages still to be sent.
+        pages_left: u64,
+        /// Bytes over the wire for owed pages so far.
+        bytes_wire: u64,
+        /// Faults answered so far.
+        faults: u64,
+    },
+    /// Post-copy: the connection is lost while pages are owed; the container waits where it touches one.
+    LinkLost {
+        /// What happened, one line.
+        reason: String,
+        /// How long the target is looked for.
+        #[serde(rename = "patience_ms", with = "millis")]
+        patience: Duration,
+    },
+    /// Post-copy: connected again; the pages still missing are sent.
+    LinkBack {
+        /// How long the link was away.
+        #[serde(rename = "duration_ms", with = "millis")]
+        duration: Duration,
+    },
+    /// Post-copy: the last owed page has arrived.
+    Whole {
+        /// Since the release, on the target's clock.
+        #[serde(rename = "duration_ms", with = "millis")]
+        duration: Duration,
+    },
+    /// Post-copy: the target was looked for long enough. What it is owed is kept frozen here.
+    Incomplete {
+        /// What happened, one line.
+        reason: String,
+        /// The command that goes on.
+        how_to_go_on: String,
+    },
     /// The container goes on at the source.
     RolledBack {
         /// Where the handover stood.

@@ -69,6 +69,11 @@ pub enum Outcome {
         /// What happened, one line.
         reason: String,
     },
+    /// The container lives at the target and waits there for pages that only the source has, where it is kept frozen.
+    Incomplete {
+        /// What happened, one line.
+        reason: String,
+    },
 }
 
 /// How dirty pages were found.

@@ -71,6 +71,10 @@ pub fn watch(state_dir: &Path, migration: MigrationId) {
             Ok(Some(Settled::Unknown { reason })) => {
                 tracing::warn!(%reason, "the outcome is still unknown, asking on")
             }
+            Ok(Some(Settled::Incomplete { reason })) => {
+                tracing::error!(%reason, "pages of a container that moved are still here; go on with: migrate resume");
+                return;
+            }
             // The lock of a process that was just killed may outlive its end of our pipe for a moment: the kernel drops
             // both in no particular order. `migrate recover` may have it too, and leave the question open.
             Ok(None) if settle::is_known(state_dir, migration) => thread::sleep(LOCK_PAUSE),

@@ -22,5 +22,6 @@ pub mod rootfs_copy;
 pub mod rounds;
 pub mod run;
 pub mod send;
+pub mod serving;
 pub mod settle;
 pub mod tracker;

@@ -35,6 +35,8 @@ pub struct Plan {
     pub compression: Compression,
     /// How long the whole migration may take before it is given up.
     pub timeout: Duration,
+    /// How long a target that waits for owed pages is looked for when its connection breaks.
+    pub reconnect_timeout: Duration,
     /// Only look whether it would work.
     pub dry_run: bool,
     /// How the root filesystem gets to the target.
@@ -60,6 +62,7 @@ impl Plan {
             bandwidth_limit: None,
             compression: Compression::Auto,
             timeout: Duration::from_secs(3600),
+            reconnect_timeout: Duration::from_secs(300),
             dry_run: false,
             rootfs: RootfsMode::Copied,
             page_streams: 2,

@@ -6,6 +6,7 @@
 use super::link::{Link, LinkError};
 use super::plan::Plan;
 use super::remains::{self, LeftCopy};
+use super::serving::{Owed, Told};
 use crate::journal::{Journal, JournalDir, JournalError, JournalName};
 use crate::migration::event::Side;
 use crate::migration::handoff::source::SourceRecord;
@@ -58,6 +59,11 @@ pub enum Settled {
     Committed,
     /// It goes on here.
     RolledBack,
+    /// The container lives at the target, which lacks pages and cannot be reached; they are kept here.
+    Incomplete {
+        /// What stood in the way, last.
+        reason: String,
+    },
     /// The target has not said; the container stays frozen.
     Unknown {
         /// What stood in the way, last.
@@ -197,8 +203,10 @@ pub fn settle(
         recovered: &recovered,
         journal,
         reason: String::new(),
+        patience,
+        served_until: Instant::now(),
     };
-    Ok(Some(recovery.run(patience)))
+    Ok(Some(recovery.run()))
 }
 
 /// A migration being ended after its process died.
@@ -207,11 +215,15 @@ struct Recovery<'a> {
     recovered: &'a RecoveredSource,
     journal: Journal,
     reason: String,
+    /// How long a target that does not answer is asked.
+    patience: Duration,
+    /// The patience with a target that was served begins anew when its connection breaks.
+    served_until: Instant,
 }
 
 impl Recovery<'_> {
-    fn run(mut self, patience: Duration) -> Settled {
-        let deadline = Instant::now() + patience;
+    fn run(mut self) -> Settled {
+        let deadline = Instant::now() + self.patience;
         let mut course = Course::<SourceState>::recover(self.recovered.last);
         while let Some(action) = course.next_action() {
             if let Some(event) = self.perform(action)
@@ -219,13 +231,17 @@ impl Recovery<'_> {
             {
                 tracing::error!(%impossible, "recovery stays where it is");
             }
-            if course.state() == SourceState::Unknown {
-                if Instant::now() > deadline {
-                    return Settled::Unknown {
-                        reason: self.reason,
-                    };
+            let reason = || self.reason.clone();
+            match course.state() {
+                SourceState::Unknown if Instant::now() > deadline => {
+                    return Settled::Unknown { reason: reason() };
                 }
-                thread::sleep(PAUSE);
+                // The container is served as long as it takes; looked for in vain for no longer than asked.
+                SourceState::Serving if Instant::now() > deadline.max(self.served_until) => {
+                    return Settled::Incomplete { reason: reason() };
+                }
+                SourceState::Unknown | SourceState::Serving => thread::sleep(PAUSE),
+                _ => {}
             }
         }
         let work_dir = Plan::work_dir(self.state_dir, self.recovered.opened.migration);
@@ -255,6 +271,8 @@ impl Recovery<'_> {
                 self.reason = reason;
                 Some(event)
             }
+            SourceAction::RecordServing => self.write(&Record::Serving),
+            SourceAction::ServePages => Some(self.serve_pages()),
             SourceAction::ResumeContainer => {
                 // On record first: a hook that still holds the dump reads it and makes CRIU let go.
                 self.write(&Record::RolledBack);
@@ -296,6 +314,37 @@ impl Recovery<'_> {
             // The target learns from its own timer; the rest belongs to a migration on its way forward.
             _ => None,
         }
+    }
+
+    fn serve_pages(&mut self) -> SourceEvent {
+        let opened = &self.recovered.opened;
+        let Some(owing) = self.recovered.owing.as_ref().filter(|_| self.same_boot()) else {
+            self.reason = "this host was restarted: the pages the copy lacks are lost".into();
+            return SourceEvent::TargetUnreachable;
+        };
+        let owed = Owed {
+            state_dir: self.state_dir,
+            target: &opened.peer,
+            migration: opened.migration,
+            owing,
+        };
+        let mut connected = false;
+        let (event, reason) = owed.serve(&mut |told| match told {
+            Told::Connected => {
+                connected = true;
+                tracing::info!(migration = %opened.migration, "serving owed pages");
+            }
+            Told::Progress(progress) => tracing::debug!(?progress, "serving owed pages"),
+            Told::Whole(_) => {
+                tracing::info!(migration = %opened.migration, "the copy has every page")
+            }
+        });
+        if connected {
+            self.served_until = Instant::now() + self.patience;
+        }
+        tracing::info!(%reason, "served owed pages");
+        self.reason = reason;
+        event
     }
 
     fn write(&mut self, record: &Record) -> Option<SourceEvent> {

@@ -63,10 +63,15 @@ fn the_examples_leave_no_event_out() {
         | Event::Prepared { .. }
         | Event::CommitSent
         | Event::Committed { .. }
+        | Event::Serving { .. }
+        | Event::LinkLost { .. }
+        | Event::LinkBack { .. }
+        | Event::Whole { .. }
+        | Event::Incomplete { .. }
         | Event::RolledBack { .. }
         | Event::Unknown { .. }
         | Event::Filled { .. }
-        | Event::Done { .. } => 18,
+        | Event::Done { .. } => 23,
     };
     assert_eq!(kinds.len(), count);
 }
@@ -234,6 +239,40 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
             2930.5,
             Event::Committed {
                 downtime: ms(118.4),
+            },
+        ),
+        (
+            3130.5,
+            Event::Serving {
+                pages_left: 12800,
+                bytes_wire: 9437184,
+                faults: 211,
+            },
+        ),
+        (
+            3400.0,
+            Event::LinkLost {
+                reason: "the connection timed out".into(),
+                patience: ms(300000.0),
+            },
+        ),
+        (
+            8420.0,
+            Event::LinkBack {
+                duration: ms(5020.0),
+            },
+        ),
+        (
+            8950.0,
+            Event::Whole {
+                duration: ms(6019.5),
+            },
+        ),
+        (
+            308420.0,
+            Event::Incomplete {
+                reason: "the connection timed out".into(),
+                how_to_go_on: "migrate resume".into(),
             },
         ),
         (

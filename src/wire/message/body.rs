@@ -264,6 +264,9 @@ pub struct Manifest {
     /// Pages that were declared owed on the page streams: the copy runs before they come. 0 in pre-copy.
     #[serde(default)]
     pub owed_pages: u64,
+    /// How long the copy may wait for a lost source before it is stopped and kept, in seconds.
+    #[serde(default)]
+    pub reconnect_s: u32,
 }
 
 impl Manifest {

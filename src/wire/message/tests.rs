@@ -118,6 +118,7 @@ fn every_message_survives_the_wire() {
             }],
             frames_per_stream: vec![5],
             owed_pages: 0,
+            reconnect_s: 0,
         }
         .into(),
         Commit {}.into(),
@@ -291,6 +292,7 @@ fn a_message_too_large_to_be_read_is_not_sent() {
             .collect(),
         frames_per_stream: vec![],
         owed_pages: 0,
+        reconnect_s: 0,
     };
     assert!(matches!(
         Message::from(manifest).encode(),
