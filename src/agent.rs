@@ -255,7 +255,10 @@ impl Agent {
         let (signal, signals) = mpsc::channel();
         let refusals = self.admit(&begin, connection, &signal);
         let answer: Message = if refusals.is_empty() {
-            Accepted {}.into()
+            Accepted {
+                lazy: self.host.lazy,
+            }
+            .into()
         } else {
             Refused { refusals }.into()
         };

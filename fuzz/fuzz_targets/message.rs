@@ -96,7 +96,7 @@ fn messages() -> Vec<Message> {
         }
         .into(),
         Query { migration }.into(),
-        Accepted {}.into(),
+        Accepted { lazy: true }.into(),
         Refused {
             refusals: vec![Refusal {
                 code: PeerError::MemoryShort,

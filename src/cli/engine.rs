@@ -97,6 +97,9 @@ fn migration(plan: &MovePlan) -> Migration {
         .max_rounds(plan.limits.max_rounds)
         .downtime_limit(plan.limits.downtime)
         .timeout(plan.limits.timeout)
+        .mode(plan.mode)
+        .reconnect_timeout(plan.reconnect_timeout)
+        .auto_converge(plan.auto_converge)
         .compression(plan.compression)
         .dry_run(plan.dry_run)
         .rootfs(plan.rootfs);

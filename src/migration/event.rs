@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::convergence::FreezeReason;
 use super::handoff::SourceState;
 use super::millis;
-use super::report::{DumpKind, Report, RoundReport, Tracker};
+use super::mode::{Mode, Switch};
+use super::report::{DumpKind, Prediction, Report, RoundReport, Tracker};
 use super::{ContainerId, MigrationId};
 
 /// An event and when it happened: one line of `--json`.
@@ -36,6 +37,16 @@ pub enum Event {
         container: ContainerId,
         /// The target as it was named, `host:port`.
         target: String,
+    },
+    /// It is known how memory will go.
+    Mode {
+        /// As it was asked for.
+        asked: Mode,
+        /// As it will be: pre-copy where `auto` cannot have more.
+        mode: Mode,
+        /// Why `auto` came to that.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        why: Option<String>,
     },
     /// One end looked whether it can work.
     Preflight {
@@ -96,6 +107,10 @@ pub enum Event {
         /// The downtime to expect.
         #[serde(rename = "expected_downtime_ms", with = "millis")]
         expected_downtime: Duration,
+        /// What becomes of the pages still to be sent.
+        switch: Switch,
+        /// All that is expected.
+        predicted: Prediction,
     },
     /// Nothing in the container runs.
     Frozen {

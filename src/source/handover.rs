@@ -31,6 +31,7 @@ use crate::memory::{PageSet, SpaceId};
 use crate::migration::event::Event;
 use crate::migration::handoff::{Course, SourceAction, SourceEvent, SourceState};
 use crate::migration::journal::{Leftover, ProcessName, Record};
+use crate::migration::mode::{Mode, Switch};
 use crate::migration::phase::{Mark, TargetTimes, Timeline};
 use crate::migration::report::{DumpKind, RoundReport};
 use crate::migration::{JournalId, MigrationId};
@@ -79,6 +80,8 @@ pub struct Handover<'a, S> {
     pub migration: MigrationId,
     /// As it was asked for.
     pub plan: &'a Plan,
+    /// How memory gets to the target: as asked for, or what these hosts can do instead.
+    pub mode: Mode,
     /// The runtime.
     pub runc: &'a Runc,
     /// The container.
@@ -117,6 +120,8 @@ pub struct Handover<'a, S> {
     pub post_copy: bool,
     /// How the dump, once it begins, keeps packets still.
     pub network_lock: NetworkLock,
+    /// What becomes of the pages that are still to be sent at the freeze; known when the rounds are over.
+    pub switch: Switch,
     cancel_heard: bool,
     dump_at_gate: bool,
     rounds_received: u32,
@@ -174,6 +179,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
     pub fn new(
         migration: MigrationId,
         plan: &'a Plan,
+        mode: Mode,
         runc: &'a Runc,
         container: &'a Container,
         journal: Journal,
@@ -191,6 +197,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
         Handover {
             migration,
             plan,
+            mode,
             runc,
             container,
             journal,
@@ -209,6 +216,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             prestart,
             post_copy: false,
             network_lock,
+            switch: Switch::PreCopy,
             cancel_heard: false,
             dump_at_gate: false,
             rounds_received: 0,
@@ -317,9 +325,10 @@ impl<'a, S: FrameSink> Handover<'a, S> {
         self.run_to_the_end()
     }
 
-    /// Freezes, sends the rest, hands over: returns when the outcome is known, or nobody can tell.
-    pub fn hand_over(mut self, round: u32) -> (SourceState, Ended, Timeline) {
+    /// Freezes, sends the rest or owes it, hands over: returns when the outcome is known, or nobody can tell.
+    pub fn hand_over(mut self, round: u32, switch: Switch) -> (SourceState, Ended, Timeline) {
         self.round = round;
+        self.switch = switch;
         self.queue.push_back(SourceEvent::FreezeOrdered);
         self.run_to_the_end()
     }

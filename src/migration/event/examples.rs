@@ -50,6 +50,7 @@ fn the_examples_leave_no_event_out() {
     // A new variant makes this match incomplete: give it an example and count it.
     let count = match Event::CommitSent {
         Event::Started { .. }
+        | Event::Mode { .. }
         | Event::Preflight { .. }
         | Event::Tracking { .. }
         | Event::Rootfs { .. }
@@ -71,7 +72,7 @@ fn the_examples_leave_no_event_out() {
         | Event::RolledBack { .. }
         | Event::Unknown { .. }
         | Event::Filled { .. }
-        | Event::Done { .. } => 23,
+        | Event::Done { .. } => 24,
     };
     assert_eq!(kinds.len(), count);
 }
@@ -128,15 +129,23 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
         commit: ms(6.2),
         resume: ms(5.5),
     };
+    let predicted = Prediction {
+        downtime: ms(184.5),
+        total: ms(2996.6),
+        last_page: None,
+    };
     let report = Report {
         migration: migration(),
         container: "web".parse().expect("a container id"),
         target: "10.0.0.2:7070".into(),
         outcome: Outcome::Moved,
         tracker: Some(Tracker::UffdWp),
+        mode: Mode::Auto,
         total: ms(2960.0),
         rounds: vec![first.clone()],
         rounds_ended: Some(FreezeReason::Converged),
+        switch: Some(Switch::PreCopy),
+        predicted: Some(predicted),
         delta: Some(delta()),
         sent: first.sent.plus(delta().sent),
         memory_bytes: 2147483648,
@@ -171,6 +180,14 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
                         fix: Some("free some memory or choose another target".into()),
                     },
                 ],
+            },
+        ),
+        (
+            41.3,
+            Event::Mode {
+                asked: Mode::Auto,
+                mode: Mode::Auto,
+                why: None,
             },
         ),
         (
@@ -214,6 +231,8 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
             Event::Freezing {
                 why: FreezeReason::Converged,
                 expected_downtime: ms(184.5),
+                switch: Switch::PreCopy,
+                predicted,
             },
         ),
         (2815.0, Event::Frozen { duration: ms(2.9) }),

@@ -343,8 +343,12 @@ pub struct Resume {
 }
 
 /// The container may come.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Accepted {}
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Accepted {
+    /// It may be released here before all its pages have come. Absent from what an older target says: it cannot.
+    #[serde(default)]
+    pub lazy: bool,
+}
 
 /// The container may not come.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
