@@ -160,6 +160,7 @@ impl Arrival<'_> {
                     memfd: memfd.map_err(|error| (PeerError::StorageFull, error.to_string()))?,
                     lazy: pages,
                     hot: Vec::new(),
+                    owed: None,
                 });
             }
         }
