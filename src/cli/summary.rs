@@ -53,6 +53,17 @@ pub fn summary(report: &Report) -> Vec<String> {
     if report.dump == Some(DumpKind::Full) {
         lines.push("            CRIU dumped every page: the skeleton dump does not work on this host (migrate check)".to_owned());
     }
+    if let Some(post_copy) = &report.post_copy {
+        let last = post_copy
+            .last_page
+            .map_or("the last has not arrived".to_owned(), |last| {
+                format!("the last arrived {} after the release", time(last))
+            });
+        lines.push(format!(
+            "  owed      {} pages followed, {} faults; {last}",
+            post_copy.owed_pages, post_copy.faults
+        ));
+    }
     if let Some(fill) = report.fill_after_release {
         lines.push(format!("  filled    {} after the release", time(fill)));
     }

@@ -39,7 +39,10 @@ pub enum Record {
     /// Target: the copy runs.
     Released,
     /// Target: the copy will run before it is whole. Written before `prepared`.
-    Owed,
+    Owed {
+        /// The processes that are owed pages, and what their memory is called on the wire.
+        tasks: Vec<OwedTask>,
+    },
     /// Target: the copy is owed nothing any more.
     Whole,
     /// Target: there is no copy and never will be.
@@ -130,6 +133,16 @@ pub struct OwingSpace {
     pub process: ProcessName,
 }
 
+/// A process of the copy that is owed pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OwedTask {
+    /// Its pid inside the container.
+    pub vpid: i32,
+    /// The name of its memory on the wire.
+    pub space: SpaceId,
+}
+
 /// The cgroup whose freezer stops the container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "version", rename_all = "snake_case", deny_unknown_fields)]
@@ -215,8 +228,8 @@ pub struct RecoveredTarget {
     pub leftovers: Vec<Leftover>,
     /// Where the handover stood.
     pub last: TargetRecord,
-    /// The copy may need pages that only the source has.
-    pub owed: bool,
+    /// The processes that may need pages that only the source has; empty when the copy is whole.
+    pub owed: Vec<OwedTask>,
 }
 
 /// A list of records no engine wrote.
@@ -315,7 +328,7 @@ fn fold_target(opened: &TargetOpened, rest: &[Record]) -> Result<RecoveredTarget
         opened: opened.clone(),
         leftovers: Vec::new(),
         last: TargetRecord::Opened,
-        owed: false,
+        owed: Vec::new(),
     };
     for (index, record) in rest.iter().enumerate() {
         found.last = match (found.last, record) {
@@ -328,12 +341,12 @@ fn fold_target(opened: &TargetOpened, rest: &[Record]) -> Result<RecoveredTarget
             (TargetRecord::Committed | TargetRecord::Released, Record::Released) => {
                 TargetRecord::Released
             }
-            (TargetRecord::Opened, Record::Owed) => {
-                found.owed = true;
+            (TargetRecord::Opened, Record::Owed { tasks }) => {
+                found.owed = tasks.clone();
                 TargetRecord::Opened
             }
             (TargetRecord::Released, Record::Whole) => {
-                found.owed = false;
+                found.owed = Vec::new();
                 TargetRecord::Released
             }
             // Also after `committed`: a release that failed before anything ran is taken back.
@@ -364,7 +377,7 @@ impl Record {
             Record::Prepared => "prepared",
             Record::Committed => "committed",
             Record::Released => "released",
-            Record::Owed => "owed",
+            Record::Owed { .. } => "owed",
             Record::Whole => "whole",
             Record::Aborted => "aborted",
             Record::RolledBack => "rolled_back",
@@ -499,6 +512,15 @@ mod tests {
         }
     }
 
+    fn owed() -> Record {
+        Record::Owed {
+            tasks: vec![OwedTask {
+                vpid: 1,
+                space: SpaceId(3),
+            }],
+        }
+    }
+
     #[test]
     fn what_is_owed_is_known_until_the_copy_is_whole() {
         let source = [
@@ -526,7 +548,7 @@ mod tests {
 
         let target = [
             target_opened(),
-            Record::Owed,
+            owed(),
             Record::Prepared,
             Record::Committed,
             Record::Released,
@@ -536,9 +558,9 @@ mod tests {
             let Ok(Recovered::Target(found)) = fold(&target[..count]) else {
                 panic!("a good journal was refused");
             };
-            assert_eq!(found.owed, expected, "{count} records");
+            assert_eq!(!found.owed.is_empty(), expected, "{count} records");
         }
-        assert!(fold(&[target_opened(), Record::Prepared, Record::Owed]).is_err());
+        assert!(fold(&[target_opened(), Record::Prepared, owed()]).is_err());
     }
 
     #[test]

@@ -47,6 +47,8 @@ pub struct Report {
     /// From the release at the target until its last page was filled in; `None` if not known.
     #[serde(rename = "fill_after_release_ms", with = "millis::option")]
     pub fill_after_release: Option<Duration>,
+    /// What followed the container after the switch; `None` if nothing was owed.
+    pub post_copy: Option<PostCopyReport>,
     /// How CRIU dumped: skeleton only, or everything because the skeleton trick does not work here.
     pub dump: Option<DumpKind>,
 }
@@ -96,6 +98,20 @@ pub enum Outcome {
         /// What happened, one line.
         reason: String,
     },
+}
+
+/// Pages that followed the container.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PostCopyReport {
+    /// Pages that were missing when the container went on at the target.
+    pub owed_pages: u64,
+    /// Faults that were answered for them over the first connection.
+    pub faults: u64,
+    /// Bytes that went over the wire for them over the first connection, headers included, before QUIC.
+    pub bytes_wire: u64,
+    /// From the release until the last one had arrived, on the target's clock; `None` if that has not happened.
+    #[serde(rename = "last_page_ms", with = "millis::option")]
+    pub last_page: Option<Duration>,
 }
 
 /// How dirty pages were found.

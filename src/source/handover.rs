@@ -116,8 +116,6 @@ pub struct Handover<'a, S> {
     pub prestarted: bool,
     /// What it was, or will be, told.
     pub prestart: message::Prestart,
-    /// The copy is to run before it has what is dirty at the freeze.
-    pub post_copy: bool,
     /// How the dump, once it begins, keeps packets still.
     pub network_lock: NetworkLock,
     /// What becomes of the pages that are still to be sent at the freeze; known when the rounds are over.
@@ -166,6 +164,10 @@ pub struct Ended {
     pub whole: Option<Duration>,
     /// Pages that were owed when the copy began to run.
     pub owed_pages: u64,
+    /// Faults answered over the first connection.
+    pub faults: u64,
+    /// Bytes sent for owed pages over the first connection.
+    pub bytes_owed: u64,
     /// What stayed behind and why, if ending it was not clean.
     pub untidy: Option<String>,
 }
@@ -214,7 +216,6 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             mapped_files: BTreeSet::new(),
             prestarted: false,
             prestart,
-            post_copy: false,
             network_lock,
             switch: Switch::PreCopy,
             cancel_heard: false,
@@ -384,6 +385,11 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             link.close(why);
         }
         self.ended.delta = self.delta.take();
+        if let Some(progress) = &self.progress {
+            let served = progress.now();
+            self.ended.faults = served.faults;
+            self.ended.bytes_owed = served.pushed_bytes + served.answered_bytes;
+        }
         (self.course.state(), self.ended, self.timeline)
     }
 

@@ -28,7 +28,7 @@ use crate::migration::handoff::{SourceEvent, SourceState};
 use crate::migration::journal::{self, ProcessName, Record, SourceOpened};
 use crate::migration::mode::{Mode, NoSuchMode, PostCopyNeeds};
 use crate::migration::phase::Timeline;
-use crate::migration::report::{Outcome, Report, Sent};
+use crate::migration::report::{Outcome, PostCopyReport, Report, Sent};
 use crate::runtime::runc::{Container, Runc, RuncError};
 use crate::runtime::{Freezer, Task};
 use crate::transport::{PageQueue, Settings};
@@ -423,6 +423,13 @@ fn conclude(
     report.fill_after_release = ended
         .filled
         .map(|filled| Duration::from_micros(filled.after_release_us));
+    report.post_copy = (ended.owed_pages > 0).then_some(PostCopyReport {
+        owed_pages: ended.owed_pages,
+        faults: ended.faults,
+        bytes_wire: ended.bytes_owed,
+        last_page: ended.whole,
+    });
+    report.sent.bytes_wire += ended.bytes_owed;
     if let Some(duration) = report.fill_after_release {
         emit(Event::Filled { duration });
     }
@@ -440,6 +447,13 @@ fn conclude(
                 during: format!("{during:?}"),
                 reason,
             }
+        }
+        SourceState::Serving => {
+            emit(Event::Incomplete {
+                reason: reason.clone(),
+                how_to_go_on: format!("migrate resume --state-dir {}", plan.state_dir.display()),
+            });
+            Outcome::Incomplete { reason }
         }
         _ => {
             emit(Event::Unknown {
@@ -474,6 +488,7 @@ impl Report {
             memory_bytes: 0,
             downtime: None,
             fill_after_release: None,
+            post_copy: None,
             dump: None,
         }
     }

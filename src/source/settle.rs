@@ -6,7 +6,7 @@
 use super::link::{Link, LinkError};
 use super::plan::Plan;
 use super::remains::{self, LeftCopy};
-use super::serving::{Owed, Told};
+use super::resume::{Owed, Told};
 use crate::journal::{Journal, JournalDir, JournalError, JournalName};
 use crate::migration::event::Side;
 use crate::migration::handoff::source::SourceRecord;
@@ -27,6 +27,9 @@ use thiserror::Error;
 
 /// Between two questions to a target that does not know yet or cannot be reached.
 pub const PAUSE: Duration = Duration::from_millis(500);
+
+/// How long a target that is owed pages is looked for in one attempt to settle.
+const SERVING_ATTEMPT: Duration = Duration::from_secs(2);
 
 /// How long an answer may take.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
@@ -63,6 +66,8 @@ pub enum Settled {
     Incomplete {
         /// What stood in the way, last.
         reason: String,
+        /// How long the target was to be looked for when the migration began.
+        patience: Duration,
     },
     /// The target has not said; the container stays frozen.
     Unknown {
@@ -160,6 +165,26 @@ pub fn is_known(state_dir: &Path, migration: MigrationId) -> bool {
     JournalDir::open(state_dir).is_ok_and(|journals| journals.file(name).exists())
 }
 
+/// Whether the container of this migration lives at the target and may lack pages that are kept here.
+pub fn is_serving(state_dir: &Path, migration: MigrationId) -> bool {
+    let name = JournalName {
+        migration,
+        side: Side::Source,
+    };
+    let records = JournalDir::open(state_dir).and_then(|journals| journals.read(name));
+    let Ok(Some(records)) = records else {
+        return false;
+    };
+    match journal::fold(&records) {
+        Ok(Recovered::Source(found)) => match found.last {
+            SourceRecord::Serving => true,
+            SourceRecord::Deciding => found.owing.is_some(),
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
 /// Settles the migration `migration` from here, asking the target for at most `patience` if only it can know.
 ///
 /// `None` if there is no such migration or it is still running.
@@ -203,10 +228,8 @@ pub fn settle(
         recovered: &recovered,
         journal,
         reason: String::new(),
-        patience,
-        served_until: Instant::now(),
     };
-    Ok(Some(recovery.run()))
+    Ok(Some(recovery.run(patience)))
 }
 
 /// A migration being ended after its process died.
@@ -215,15 +238,11 @@ struct Recovery<'a> {
     recovered: &'a RecoveredSource,
     journal: Journal,
     reason: String,
-    /// How long a target that does not answer is asked.
-    patience: Duration,
-    /// The patience with a target that was served begins anew when its connection breaks.
-    served_until: Instant,
 }
 
 impl Recovery<'_> {
-    fn run(mut self) -> Settled {
-        let deadline = Instant::now() + self.patience;
+    fn run(mut self, patience: Duration) -> Settled {
+        let began = Instant::now();
         let mut course = Course::<SourceState>::recover(self.recovered.last);
         while let Some(action) = course.next_action() {
             if let Some(event) = self.perform(action)
@@ -233,12 +252,17 @@ impl Recovery<'_> {
             }
             let reason = || self.reason.clone();
             match course.state() {
-                SourceState::Unknown if Instant::now() > deadline => {
+                SourceState::Unknown if Instant::now() > began + patience => {
                     return Settled::Unknown { reason: reason() };
                 }
-                // The container is served as long as it takes; looked for in vain for no longer than asked.
-                SourceState::Serving if Instant::now() > deadline.max(self.served_until) => {
-                    return Settled::Incomplete { reason: reason() };
+                // Served as long as it takes; who looks for a lost target goes on with another attempt, and leaves the
+                // journal to others in between.
+                SourceState::Serving if Instant::now() > began + SERVING_ATTEMPT => {
+                    let owing = self.recovered.owing.as_ref();
+                    return Settled::Incomplete {
+                        reason: reason(),
+                        patience: Duration::from_secs(owing.map_or(0, |owing| owing.reconnect_s)),
+                    };
                 }
                 SourceState::Unknown | SourceState::Serving => thread::sleep(PAUSE),
                 _ => {}
@@ -328,20 +352,15 @@ impl Recovery<'_> {
             migration: opened.migration,
             owing,
         };
-        let mut connected = false;
         let (event, reason) = owed.serve(&mut |told| match told {
             Told::Connected => {
-                connected = true;
-                tracing::info!(migration = %opened.migration, "serving owed pages");
+                tracing::info!(migration = %opened.migration, "serving owed pages")
             }
             Told::Progress(progress) => tracing::debug!(?progress, "serving owed pages"),
             Told::Whole(_) => {
                 tracing::info!(migration = %opened.migration, "the copy has every page")
             }
         });
-        if connected {
-            self.served_until = Instant::now() + self.patience;
-        }
         tracing::info!(%reason, "served owed pages");
         self.reason = reason;
         event

@@ -151,6 +151,7 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
         memory_bytes: 2147483648,
         downtime: Some(downtime),
         fill_after_release: Some(ms(240.0)),
+        post_copy: None,
         dump: Some(DumpKind::Skeleton),
     };
     let events = vec![

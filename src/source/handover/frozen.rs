@@ -112,7 +112,7 @@ impl<S: FrameSink> Handover<'_, S> {
             }
             pages.subtract(&held_back);
             self.held_back.insert(scan.space, held_back);
-            if self.post_copy {
+            if self.is_post_copy() {
                 let later: PageSet = scan
                     .vmas
                     .iter()
@@ -206,7 +206,7 @@ impl<S: FrameSink> Handover<'_, S> {
             there.subtract(self.put_off.get(&scan.space).unwrap_or(&none));
             let mut pages = residue(&images, scan.vpid, Some(&there), held_back)
                 .map_err(|error| text(&error))?;
-            if self.post_copy {
+            if self.is_post_copy() {
                 // What is held back is little, and what threads touch first when they go on.
                 let now: PageSet = held_back
                     .iter()
@@ -237,7 +237,9 @@ impl<S: FrameSink> Handover<'_, S> {
             .send(&to_send, &Progress::default())
             .map_err(|error| text(&error))?;
         self.add_to_delta(sent, start.elapsed());
-        self.pages()?.owe(&owed).map_err(|error| text(&error))?;
+        self.pages()?
+            .owe(&owed_spaces(&owed))
+            .map_err(|error| text(&error))?;
         let owed_pages = owed.iter().map(|owed| owed.pages.pages()).sum();
         self.owed = owed;
         self.ended.owed_pages = owed_pages;
@@ -322,6 +324,12 @@ impl<S: FrameSink> Handover<'_, S> {
         delta.sent = delta.sent.plus(sent);
         delta.duration += duration;
     }
+}
+
+fn owed_spaces(owed: &[PagesToSend]) -> Vec<(SpaceId, PageSet)> {
+    owed.iter()
+        .map(|owed| (owed.space, owed.pages.clone()))
+        .collect()
 }
 
 /// Whether CRIU may be able to restore a mapping through userfaultfd. Its images have the last word ([`take_lazy`]): locked

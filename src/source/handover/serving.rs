@@ -9,10 +9,11 @@ use super::Handover;
 use crate::migration::event::Event;
 use crate::migration::handoff::{SourceEvent, SourceState};
 use crate::migration::journal::{Owing, OwingSpace, ProcessName};
+use crate::migration::mode::Switch;
 use crate::runtime::Task;
+use crate::source::resume::{Owed, Told};
 use crate::source::send::{FrameSink, PagesToSend};
 use crate::source::serve::{PageServer, Served};
-use crate::source::serving::{Owed, Told};
 use crate::source::settle;
 use crate::wire::message::Whole;
 use std::time::{Duration, Instant};
@@ -21,6 +22,10 @@ use std::time::{Duration, Instant};
 const PROGRESS_PERIOD: Duration = Duration::from_millis(200);
 
 impl<S: FrameSink> Handover<'_, S> {
+    pub(super) fn is_post_copy(&self) -> bool {
+        self.switch == Switch::PostCopy
+    }
+
     /// Begins to send owed pages. CRIU's restore may touch some of them, so this does not wait for the commit.
     pub(super) fn start_service(&mut self) -> Result<(), String> {
         let Some(link) = self.link.as_ref().filter(|_| !self.owed.is_empty()) else {

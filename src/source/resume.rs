@@ -9,7 +9,7 @@
 //! frozen container is the same for all of them, so all go on from what the target has.
 
 use super::link::{Link, LinkError};
-use super::serve::{Progress, ServeError, Service};
+use super::serve::{PageServer, ServeError, Served};
 use super::settle::connector;
 use crate::migration::handoff::SourceEvent;
 use crate::migration::journal::{Owing, OwingSpace};
@@ -44,12 +44,12 @@ pub struct Owed<'a> {
 }
 
 /// What is told while pages are sent.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Told {
     /// The target is there and lacks pages.
     Connected,
     /// So far.
-    Progress(Progress),
+    Progress(Served),
     /// The target lacks nothing any more.
     Whole(Whole),
 }
@@ -121,18 +121,22 @@ impl Owed<'_> {
             Ok(Err(error)) => return Err(LinkError::from(error).into()),
             Err(_) => return Err(ServingError::Answer("nothing".into())),
         }
-        let spaces = self.owing.spaces.iter();
-        let spaces = spaces
+        let spaces: Vec<_> = self
+            .owing
+            .spaces
+            .iter()
             .map(|owing| (owing.space, owing.process.pid))
             .collect();
-        let service = Service::resume(link.connection(), spaces, Compression::Auto)?;
+        let server = PageServer::resume(&spaces, Compression::Auto)?;
+        let progress = server.progress();
+        let serving = server.attach(link.connection())?;
         tell(Told::Connected);
         let mut told = Instant::now();
         loop {
             match signals.recv_timeout(Duration::from_millis(50)) {
                 Ok(Ok(Message::Whole(whole))) => {
                     tell(Told::Whole(whole));
-                    drop(service);
+                    drop(serving);
                     link.close(PeerError::Done);
                     return Ok((SourceEvent::TargetSaysCommitted, "it is whole".into()));
                 }
@@ -144,13 +148,37 @@ impl Owed<'_> {
             }
             if told.elapsed() > PROGRESS_PERIOD {
                 told = Instant::now();
-                tell(Told::Progress(service.progress()));
+                tell(Told::Progress(progress.now()));
             }
-            if let Some(error) = service.failure() {
-                link.close(PeerError::Internal);
-                return Err(error.into());
+            if serving.is_over() {
+                let (_, served) = serving.wait();
+                // All was sent and has arrived: the target says so on the other stream.
+                served?;
+                return self.await_whole(link, &signals, tell);
             }
         }
+    }
+
+    fn await_whole(
+        &self,
+        link: Link,
+        signals: &mpsc::Receiver<Result<Message, TransportError>>,
+        tell: &mut dyn FnMut(Told),
+    ) -> Result<(SourceEvent, String), ServingError> {
+        let deadline = Instant::now() + ANSWER_PATIENCE;
+        while let Some(left) = deadline.checked_duration_since(Instant::now()) {
+            match signals.recv_timeout(left) {
+                Ok(Ok(Message::Whole(whole))) => {
+                    tell(Told::Whole(whole));
+                    link.close(PeerError::Done);
+                    return Ok((SourceEvent::TargetSaysCommitted, "it is whole".into()));
+                }
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => return Err(LinkError::from(error).into()),
+                Err(_) => break,
+            }
+        }
+        Err(ServingError::Answer("nothing".into()))
     }
 }
 
