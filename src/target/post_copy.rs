@@ -18,6 +18,7 @@
 use super::arrivals::Arrivals;
 use super::page_store::{PageRun, PageStore, PageStoreError, RunContent};
 use super::pager::{Heard, SupplyLine, SupplyMessage};
+use crate::kernel::readiness;
 use crate::memory::{PageRange, PageSet, SpaceId};
 use crate::transport::{Connection, PageInbox, PageReceiver, RequestSender, TransportError};
 use crate::wire::page_frame::{Frame, FrameError, MAX_PAGES, RunKind, Scratch};
@@ -25,13 +26,12 @@ use crate::wire::page_request::PageRequest;
 use crate::wire::peer_error::PeerError;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use thiserror::Error;
-use tokio::io::unix::AsyncFd;
 use tokio::io::{Interest, Ready};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
@@ -356,7 +356,8 @@ impl Books {
         let mut untold = self.untold();
         while let Some(mut entry) = untold.first_entry() {
             let vpid = *entry.key();
-            while let Some(pages) = entry.get().iter().next() {
+            let next = |untold: &PageSet| untold.iter().next();
+            while let Some(pages) = next(entry.get()) {
                 if !self.tell(SupplyMessage::Came { vpid, pages })? {
                     return Ok(false);
                 }
@@ -400,7 +401,7 @@ impl Books {
         spaces.sort_unstable();
         let missing = spaces.into_iter().flat_map(|space| {
             let owed: Vec<PageRange> = self.store.owed(space).iter().collect();
-            let missing = |pages| PageRequest::Missing { space, pages };
+            let missing = move |pages| PageRequest::Missing { space, pages };
             owed.into_iter().map(missing)
         });
         missing.chain([PageRequest::MissingEnd]).collect()
@@ -434,7 +435,7 @@ struct Session<'a> {
 async fn take_in(books: &Arc<Books>, connection: &Connection) -> Result<(), PostCopyError> {
     let line = books.line.as_fd().try_clone_to_owned();
     let line = line
-        .and_then(|line| AsyncFd::with_interest(line, Interest::READABLE | Interest::WRITABLE))
+        .and_then(readiness::watch)
         .map_err(PostCopyError::Line)?;
     let (placers, mut placed) = mpsc::unbounded_channel();
     let mut session = Session {

@@ -139,7 +139,8 @@ mod tests {
         }
     }
 
-    /// Pushes over a link of `rate` bytes/s and `rtt` for a second; says what was under way at the end, and the rate reached.
+    /// Pushes over a link of `rate` bytes/s and `rtt` for four seconds; of the last two it says what was under way at most, and the
+    /// rate reached.
     fn simulate(rate: f64, rtt: Duration) -> (u64, f64) {
         let start = Instant::now();
         let (mut credit, mut sent) = (Credit::default(), 0);
@@ -149,7 +150,7 @@ mod tests {
         let step = Duration::from_micros(50);
         let mut most = 0;
         let mut at_half = 0;
-        for tick in 0..40_000 {
+        for tick in 0..80_000 {
             let now = start + step * tick;
             while let Some(&(due, total)) = receipts.front()
                 && due <= now
@@ -165,13 +166,13 @@ mod tests {
                 link_free = link_free.max(now) + wire;
                 receipts.push_back((link_free + rtt, sent));
             }
-            if tick == 20_000 {
+            if tick == 40_000 {
                 at_half = sent;
-            } else if tick > 20_000 {
+            } else if tick > 40_000 {
                 most = most.max(credit.under_way());
             }
         }
-        (most, (sent - at_half) as f64)
+        (most, (sent - at_half) as f64 / 2.0)
     }
 
     #[test]
