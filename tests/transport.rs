@@ -104,7 +104,7 @@ fn frame(first: u64, content: u8, pages: u64, codec: Codec) -> EncodedFrame {
 async fn hosts_that_trust_each_other_talk() {
     let (source, target) = two_hosts();
     let ((from, mut ask), (to, mut answer)) = connected(&source, &target).await;
-    assert_eq!(from.version(), Version(1));
+    assert_eq!(from.version(), Version::SUPPORTED[0]);
     assert_eq!(from.peer().name, peer("target"));
     assert_eq!(from.peer().fingerprint, target.identity.fingerprint());
     assert_eq!(to.peer().name, peer("source"));
@@ -112,9 +112,9 @@ async fn hosts_that_trust_each_other_talk() {
     ask.send(Commit {}).await.expect("sent");
     let said = answer.receive().await.expect("received");
     assert_eq!(said, Some(Message::Commit(Commit {})));
-    answer.send(Accepted {}).await.expect("sent");
+    answer.send(Accepted { lazy: false }).await.expect("sent");
     let said = ask.receive().await.expect("received");
-    assert_eq!(said, Some(Message::Accepted(Accepted {})));
+    assert_eq!(said, Some(Message::Accepted(Accepted { lazy: false })));
 
     ask.sender.finish().expect("finished once");
     assert_eq!(answer.receive().await.expect("a clean end"), None);

@@ -5,6 +5,7 @@
 //!                                 ├▶ rootfs       the root filesystem
 //!                                 ├▶ restore      the runtime, started before there is anything to restore
 //!                                 ├▶ compose      skeleton + page store → images
+//!                                 ├▶ post_copy    owed pages, after the container is let go
 //!                                 ├▶ pager        fills the restored memory, a process of its own
 //!                                 └▶ stdio        what the container's pipes lead to here
 //!  settle ─▶ remains              the end after a crash, and of every copy that must go
@@ -13,8 +14,10 @@
 pub mod arrival;
 pub mod arrivals;
 pub mod compose;
+mod owing;
 pub mod page_store;
 pub mod pager;
+pub mod post_copy;
 pub mod preflight;
 mod processor;
 pub mod receive;
