@@ -754,3 +754,26 @@ fn faults_are_answered_under_full_push() {
         working.stop();
     }
 }
+
+#[test]
+fn a_pager_that_dies_while_it_is_adopted_is_adopted_in_its_standby() {
+    for delay_us in [0, 200, 500, 1000, 2000, 5000] {
+        let (mut scene, bringer) = owing(&[2048], all_of, nothing);
+        scene.task().say("check 0 2048 0");
+        let pager = scene.pager_pid();
+        let mut orphaned = orphan(scene, bringer);
+        let socket = orphaned.directory.path().join(SUPPLY_SOCKET);
+        wait_until("an adoption socket", || socket.exists());
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_micros(delay_us));
+            kill(pager);
+        });
+        let mut adopted = orphaned.adopt();
+        let working = orphaned.bringer(&mut adopted).work(true);
+        killer.join().expect("killed");
+        assert_eq!(orphaned.tasks[0].answer(), "ok", "{delay_us} µs");
+        adopted.pager.wait_done(PATIENCE).expect("done");
+        working.stop();
+        assert_eq!(orphaned.store.memory_in_use().expect("measured"), 0);
+    }
+}
