@@ -157,10 +157,10 @@ impl Scene {
 
     /// Both ends went well; nothing is owed, and nothing is left of what the pager took.
     fn ensure_over(&self, serving: Serving, copying: PostCopying, pager: &mut Pager) {
+        pager.take_until("the last page", |pager| pager.has_all());
         assert!(copying.wait_all_here(PATIENCE), "{} pages are missing", copying.left());
         copying.wait().1.expect("taken in");
         serving.wait().1.expect("served");
-        pager.take_until("the last page", |pager| pager.has_all());
         for holder in &self.holders {
             assert!(self.store.owed(holder.space()).is_empty());
         }
@@ -491,14 +491,14 @@ fn a_pager_that_leaves_ends_the_target_s_side() {
 fn lie(scene: &Scene, server: PageServer, said: &[PageRequest]) -> (PageServer, ServeError) {
     let wire = scene.connect();
     let to = wire.to.clone();
-    let said = said.to_vec();
+    let lies = said.to_vec();
     let lying = scene.target.run(async move {
         let mut streams: Vec<(RequestSender, PageReceiver)> = Vec::new();
         for _ in 0..4 {
             streams.push(to.accept_faults().await.expect("opened"));
         }
         let first = streams.iter_mut().find(|(_, pages)| pages.index() == 0);
-        first.expect("the first stream").0.send(&said).await.expect("said");
+        first.expect("the first stream").0.send(&lies).await.expect("said");
         to.closed().await
     });
     let serving = server.attach(&wire.from).expect("a thread");
