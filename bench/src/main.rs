@@ -13,6 +13,7 @@ mod checkpoint;
 mod engine;
 mod guests;
 mod measure;
+mod modes;
 mod predump;
 mod record;
 mod summary;
@@ -59,6 +60,8 @@ enum Command {
     Trackers(trackers::Arguments),
     /// Against CRIU's own pre-copy, which only a kernel with soft-dirty bits has.
     Predump(predump::Options),
+    /// Pre-copy, post-copy, both, the engine's choice, and CRIU's post-copy, on several links.
+    Modes(modes::Options),
     /// Another benchmark, in a guest of each kernel of scripts/guest.
     InGuests(guests::Arguments),
     /// Part of the benchmark, started by it on a host.
@@ -99,6 +102,7 @@ fn main() -> ExitCode {
         Command::Trackers(arguments) => trackers::run(&arguments),
         Command::InGuests(arguments) => guests::run(&arguments),
         Command::Predump(options) => predump::run(&options),
+        Command::Modes(options) => modes::run(&options),
         Command::Part(part) => run_part(part).map(|()| true),
     };
     match outcome {

@@ -21,6 +21,7 @@ mod baseline;
 mod container;
 mod guest;
 mod host;
+mod lazy;
 mod link;
 mod listening;
 mod rootfs;
@@ -36,6 +37,7 @@ pub use baseline::{
 pub use container::{Container, ContainerOptions};
 pub use guest::{Finished, Guest, Job, KERNELS, RunningGuest, WireEnd, built};
 pub use host::{CRIU_PREFIX, Host, HostOptions, binary};
+pub use lazy::{LazyEnd, checkpoint_lazily, lazy_pages_daemon, restore_lazily};
 pub use link::{Link, WireBytes};
 pub use rootfs::Rootfs;
 pub use running::Running;
