@@ -104,7 +104,7 @@ fn frame(first: u64, content: u8, pages: u64, codec: Codec) -> EncodedFrame {
 async fn hosts_that_trust_each_other_talk() {
     let (source, target) = two_hosts();
     let ((from, mut ask), (to, mut answer)) = connected(&source, &target).await;
-    assert_eq!(from.version(), Version(1));
+    assert_eq!(from.version(), Version::SUPPORTED[0]);
     assert_eq!(from.peer().name, peer("target"));
     assert_eq!(from.peer().fingerprint, target.identity.fingerprint());
     assert_eq!(to.peer().name, peer("source"));

@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 use migrate::memory::{PAGE_SIZE, PageNumber, PageRange, SpaceId};
 use migrate::wire::codec::Codec;
 use migrate::wire::page_frame::{
-    Frame, FrameEncoder, HEADER_LEN, Header, MAX_PAGES, MAX_RAW, MAX_REST, MAX_RUNS, Run, RunKind,
+    Frame, FrameEncoder, HEADER_LEN, Header, MAX_OWED, MAX_PAGES, MAX_RAW, MAX_REST, MAX_RUNS, Run, RunKind,
     Scratch,
 };
 use migrate_fuzz::write_seeds;
@@ -20,7 +20,7 @@ fuzz_target!(
         // Longer inputs are cut as a stream would be; shorter ones must be refused.
         let rest = &rest[..rest.len().min(header.rest_len())];
         let Ok(frame) = Frame::decode(header, Bytes::copy_from_slice(rest)) else { return };
-        assert!((1..=MAX_PAGES).contains(&frame.pages()));
+        assert!((1..=MAX_PAGES + MAX_OWED).contains(&frame.pages()));
         assert!((1..=MAX_RUNS).contains(&frame.runs().len()));
         let mut free_from = PageNumber(0);
         for run in frame.runs() {
@@ -42,6 +42,7 @@ fn frames() -> Vec<Vec<u8>> {
     let runs = [
         run(16, 1, RunKind::Data),
         run(17, 100, RunKind::Zero),
+        run(200, 512, RunKind::Owed),
         run(1 << 35, 2, RunKind::Data),
     ];
     let raw = |pages: u64| -> Bytes {

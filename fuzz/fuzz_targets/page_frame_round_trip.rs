@@ -39,7 +39,7 @@ fuzz_target!(
             let first = PageNumber(next + u64::from(gap) * u64::from(gap));
             let range = PageRange::from_start_len(first, u64::from(len)).expect("far below the limit");
             next = range.end().0;
-            let kind = if kind & 1 == 0 { RunKind::Data } else { RunKind::Zero };
+            let kind = [RunKind::Data, RunKind::Zero, RunKind::Owed][usize::from(kind % 3)];
             runs.push(Run { range, kind });
         }
         let len = runs.iter().map(Run::raw_len).sum::<usize>();

@@ -108,6 +108,19 @@ impl PageSet {
             .collect()
     }
 
+    /// The runs from `page` on, in order; the first one begins there if `page` is inside it.
+    pub fn starting_at(&self, page: PageNumber) -> impl Iterator<Item = PageRange> + '_ {
+        let inside = self
+            .runs
+            .range(..page.0)
+            .next_back()
+            .and_then(|(_, &end)| PageRange::new(page, PageNumber(end)));
+        let after = self.runs.range(page.0..).map(|(&start, &end)| {
+            PageRange::new(PageNumber(start), PageNumber(end)).expect("a run is not empty")
+        });
+        inside.into_iter().chain(after)
+    }
+
     /// The runs, in order; no two touch.
     pub fn iter(&self) -> impl Iterator<Item = PageRange> + '_ {
         self.runs.iter().map(|(&start, &end)| {
@@ -184,6 +197,8 @@ mod tests {
                 let inside: Vec<u64> = set.intersecting(window).into_iter().flat_map(|r| r.start().0..r.end().0).collect();
                 prop_assert_eq!(inside, model.range(20..40).copied().collect::<Vec<_>>());
                 prop_assert_eq!(set.contains(PageNumber(25)), model.contains(&25));
+                let from: Vec<u64> = set.starting_at(PageNumber(25)).flat_map(|r| r.start().0..r.end().0).collect();
+                prop_assert_eq!(from, model.range(25..).copied().collect::<Vec<_>>());
             }
         }
     }

@@ -6,6 +6,7 @@
 //!               ├▶ rounds         tracker finds dirty pages, send sends them, rootfs_copy the files beside
 //!               ├▶ handover       the handoff table: dump, residue, commit
 //!               └▶ guard          a process that ends the migration if this one dies
+//!               ├▶ serve          post-copy: owed pages to the target, faults first
 //!  settle ─────▶ remains          the end after a crash, and the end of every migration
 //! ```
 
@@ -22,5 +23,6 @@ pub mod rootfs_copy;
 pub mod rounds;
 pub mod run;
 pub mod send;
+pub mod serve;
 pub mod settle;
 pub mod tracker;

@@ -13,9 +13,9 @@
 use crate::kernel::process_memory::{ProcessMemory, ReadError};
 use crate::memory::{PAGE_SIZE, PageNumber, PageRange, PageSet, SpaceId};
 use crate::migration::report::Sent;
-use crate::wire::codec::{CodecChooser, Compression};
+use crate::wire::codec::{Codec, CodecChooser, Compression};
 use crate::wire::page_frame::{
-    EncodedFrame, FrameEncoder, FrameError, MAX_PAGES, MAX_RUNS, Run, RunKind,
+    EncodedFrame, FrameEncoder, FrameError, MAX_OWED, MAX_PAGES, MAX_RUNS, Run, RunKind,
 };
 use bytes::Bytes;
 use std::collections::HashMap;
@@ -152,6 +152,27 @@ impl<S: FrameSink> Sender<S> {
         Ok(total)
     }
 
+    /// Calls pages owed: they exist, their content comes later, and a copy the target has of them is worth nothing.
+    ///
+    /// Said on the stream that each page belongs to, after everything that was sent of it. Returns the bytes that took.
+    pub fn owe(&mut self, pages: &[(SpaceId, PageSet)]) -> Result<u64, SendError> {
+        let streams = self.workers.len() as u64;
+        let mut bytes_wire = 0;
+        for (index, worker) in (0..streams).zip(&mut self.workers) {
+            for (space, pages) in pages {
+                let mine = |range: &PageRange| stream_of(range.start(), streams) == index;
+                let regions = pages.iter().flat_map(in_regions).filter(mine);
+                bytes_wire += worker.owe(*space, regions)?;
+            }
+        }
+        for (space, pages) in pages {
+            if let Some(sent) = self.sent.get_mut(space) {
+                sent.subtract(pages);
+            }
+        }
+        Ok(bytes_wire)
+    }
+
     /// The pages of `space` that the target has some copy of.
     pub fn sent(&self, space: SpaceId) -> Option<&PageSet> {
         self.sent.get(&space)
@@ -247,6 +268,45 @@ impl<S: FrameSink> Worker<S> {
             share.spaces.push((to_send.space, looked));
         }
         Ok(share)
+    }
+
+    /// Calls `regions` of `space` owed, in as few frames as they fit in.
+    fn owe(
+        &mut self,
+        space: SpaceId,
+        regions: impl Iterator<Item = PageRange>,
+    ) -> Result<u64, SendError> {
+        let mut bytes_wire = 0;
+        let mut runs: Vec<Run> = Vec::new();
+        let mut pages = 0;
+        let mut regions = regions.peekable();
+        while let Some(range) = regions.next() {
+            match runs.last_mut() {
+                Some(last) if last.range.end() == range.start() => {
+                    last.range = PageRange::new(last.range.start(), range.end())
+                        .expect("a longer run is a run");
+                }
+                _ => runs.push(Run {
+                    range,
+                    kind: RunKind::Owed,
+                }),
+            }
+            pages += range.pages();
+            let full = runs.len() == MAX_RUNS || pages + REGION_PAGES > MAX_OWED;
+            if full || regions.peek().is_none() {
+                let frame = self
+                    .encoder
+                    .encode(space, &runs, Bytes::new(), Codec::None)?;
+                bytes_wire += frame.wire_len() as u64;
+                self.sink.send(frame)?;
+                self.frames += 1;
+                runs.clear();
+                pages = 0;
+            }
+        }
+        // What the table says of them is no longer true; few of the others will be asked about again.
+        self.remembered = Remembered::new();
+        Ok(bytes_wire)
     }
 
     /// Reads up to a frame's worth of pages and sends what the target does not have.
@@ -468,7 +528,8 @@ fn in_regions(range: PageRange) -> impl Iterator<Item = PageRange> {
     })
 }
 
-fn is_zero(page: &[u8]) -> bool {
+/// Whether a page holds nothing but zeros.
+pub(super) fn is_zero(page: &[u8]) -> bool {
     // Folding 64 bytes at a time lets the compiler use vectors, and the first block decides for most pages.
     let (blocks, rest) = page.as_chunks::<64>();
     let nothing_set = |block: &[u8]| block.iter().fold(0, |all, byte| all | byte) == 0;
@@ -514,6 +575,7 @@ mod tests {
                         let content = match run.kind {
                             RunKind::Data => Some(data.next().expect("a data page").to_vec()),
                             RunKind::Zero => None,
+                            RunKind::Owed => Some(b"owed".to_vec()),
                         };
                         pages.push((page, content));
                     }
@@ -641,6 +703,45 @@ mod tests {
             }
         }
         assert_eq!(streams.len(), 3000);
+    }
+
+    #[test]
+    fn an_owed_page_follows_its_older_copies_and_is_no_longer_counted_as_sent() {
+        let mut memory = Memory::new(3000);
+        for index in 0..3000 {
+            memory.page(index).fill(7);
+        }
+        let (mut sender, kept) = sender(3);
+        let progress = Progress::default();
+        sender.send(&memory.to_send(), &progress).expect("sent");
+        let mut streams = BTreeMap::new();
+        for (stream, kept) in kept.iter().enumerate() {
+            streams.extend(kept.pages().into_iter().map(|(page, _)| (page, stream)));
+        }
+        let first = memory.first.0;
+        let range = |start, pages| {
+            PageRange::from_start_len(PageNumber(first + start), pages).expect("a range")
+        };
+        let owed: PageSet = [range(0, 2000), range(2500, 1)].into_iter().collect();
+        let frames: u64 = sender.frames().iter().sum();
+        let bytes = sender.owe(&[(SPACE, owed.clone())]).expect("said");
+        let frames = sender.frames().iter().sum::<u64>() - frames;
+        assert!(frames <= 3 && bytes < 3 * 1024, "{frames} frames, {bytes} bytes");
+        let mut said = PageSet::new();
+        for (stream, kept) in kept.iter().enumerate() {
+            for (page, content) in kept.pages() {
+                assert_eq!(content.as_deref(), Some(&b"owed"[..]));
+                assert_eq!(streams[&page], stream, "page {page:#x} changed its stream");
+                said.insert(PageRange::from_start_len(PageNumber(page), 1).expect("a page"));
+            }
+        }
+        assert_eq!(said, owed);
+        let sent = sender.sent(SPACE).expect("some");
+        assert_eq!(sent.pages(), 999);
+        assert!(!sent.contains(PageNumber(first)));
+        // The content has not changed, and has to be sent all the same.
+        let sent = sender.send(&memory.to_send(), &progress).expect("sent");
+        assert_eq!(sent.same_pages, 0);
     }
 
     #[test]

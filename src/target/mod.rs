@@ -5,6 +5,7 @@
 //!                                 ├▶ rootfs       the root filesystem
 //!                                 ├▶ restore      the runtime, started before there is anything to restore
 //!                                 ├▶ compose      skeleton + page store → images
+//!                                 ├▶ post_copy    owed pages, after the container is let go
 //!                                 ├▶ pager        fills the restored memory, a process of its own
 //!                                 └▶ stdio        what the container's pipes lead to here
 //!  settle ─▶ remains              the end after a crash, and of every copy that must go
@@ -16,6 +17,7 @@ pub mod compose;
 pub mod page_store;
 pub mod pager;
 pub mod preflight;
+pub mod post_copy;
 mod processor;
 pub mod receive;
 pub mod remains;

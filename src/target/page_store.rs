@@ -8,9 +8,19 @@
 //! streams keep the frames of one page in order: the callers place a page's copies one after another, so no lock is
 //! held while bytes are written, and frames of one space are placed in parallel.
 //!
+//! # Owed pages
+//!
+//! A page that is *owed* exists at the source and its content comes later, in post-copy; what was received of it before
+//! is forgotten. Once a space has a record of its arrivals ([`PageStore::track`]), its owed pages are placed from streams
+//! that know nothing of each other, while a pager takes them out again. So from then on the *first* copy wins: it is
+//! claimed before it is written, written, put on record, and every other copy of it is dropped, because the pager may
+//! have taken the page and freed it already. The source is frozen, all copies are the same. A page that was never owed
+//! is refused.
+//!
 //! A peer could send pages without end. The number of spaces and the bytes of data have limits, and what passes
 //! them is refused before it is written.
 
+use super::arrivals::Arrivals;
 use crate::memory::{PAGE_SIZE, PageRange, PageSet, SpaceId};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -68,6 +78,14 @@ pub enum PageStoreError {
     /// Nothing was ever placed in this space.
     #[error("{0:?} is not in the page store")]
     UnknownSpace(SpaceId),
+    /// Pages came for which the source had said nothing, in a space that takes only owed pages by now.
+    #[error("{range} of {space:?} came, and not all of it was owed")]
+    NotOwed {
+        /// The space.
+        space: SpaceId,
+        /// What came.
+        range: PageRange,
+    },
     /// The buffer does not have the size of the range to read.
     #[error("a buffer of {actual} bytes cannot take {range}")]
     BufferLength {
@@ -104,6 +122,8 @@ pub enum RunContent {
     Data,
     /// Zeros; nothing of it is in the payload.
     Zero,
+    /// Not known yet, it comes later; nothing of it is in the payload.
+    Owed,
 }
 
 /// Consecutive pages with contents of one kind.
@@ -131,11 +151,17 @@ struct Space {
     known: Mutex<Known>,
 }
 
-/// What a space holds. `data` is a subset of `received`; the rest of `received` is zero.
+/// What a space holds. `data` is a subset of `received`; the rest of `received` is zero. `owed` and `received` share
+/// nothing; `claimed` is a subset of `owed`.
 #[derive(Debug, Default)]
 struct Known {
     received: PageSet,
     data: PageSet,
+    owed: PageSet,
+    /// Owed pages whose first copy is being placed.
+    claimed: PageSet,
+    /// Where arrivals of owed pages are put on record, once they are.
+    arrivals: Option<Arc<Arrivals>>,
 }
 
 impl PageStore {
@@ -152,12 +178,15 @@ impl PageStore {
     ///
     /// Copies of one page must be placed one after another; different pages may be placed at the same time. After an
     /// error some of the runs may have been placed; those are counted as received, the failed one is not.
+    ///
+    /// In a space with a record of arrivals only owed pages are taken, in any order and from any thread, and of each the
+    /// first copy. Returns those that arrived thereby; elsewhere nothing.
     pub fn place(
         &self,
         space: SpaceId,
         runs: &[PageRun],
         payload: &[u8],
-    ) -> Result<(), PageStoreError> {
+    ) -> Result<Vec<PageRange>, PageStoreError> {
         let announced: u64 = runs
             .iter()
             .filter(|run| run.content == RunContent::Data)
@@ -171,6 +200,10 @@ impl PageStore {
             });
         }
         let space = self.space_or_new(space)?;
+        let arrivals = space.known().arrivals.clone();
+        if let Some(arrivals) = arrivals {
+            return self.place_owed(&space, &arrivals, runs, payload);
+        }
         let mut payload = payload;
         for run in runs {
             match run.content {
@@ -180,10 +213,45 @@ impl PageStore {
                     payload = rest;
                     self.place_data(&space, run.pages, data)?;
                 }
-                RunContent::Zero => self.place_zeros(&space, run.pages)?,
+                RunContent::Zero => {
+                    self.forget_data(&space, run.pages)?;
+                    let mut known = space.known();
+                    known.owed.remove(run.pages);
+                    known.received.insert(run.pages);
+                }
+                RunContent::Owed => {
+                    self.forget_data(&space, run.pages)?;
+                    let mut known = space.known();
+                    known.received.remove(run.pages);
+                    known.owed.insert(run.pages);
+                }
             }
         }
+        Ok(Vec::new())
+    }
+
+    /// From now on takes only owed pages of `space`, and puts on record those that arrive.
+    ///
+    /// What `arrivals` has on record already is no longer owed. Nothing may be placing pages in the space.
+    pub fn track(&self, space: SpaceId, arrivals: Arrivals) -> Result<(), PageStoreError> {
+        let space = self.space_or_new(space)?;
+        let mut known = space.known();
+        let owed: Vec<PageRange> = known.owed.iter().collect();
+        for range in owed {
+            for arrived in space.on_record(&arrivals, range)? {
+                known.owed.remove(arrived);
+                known.received.insert(arrived);
+            }
+        }
+        known.arrivals = Some(Arc::new(arrivals));
         Ok(())
+    }
+
+    /// The pages of `space` that are owed and have not arrived.
+    pub fn owed(&self, space: SpaceId) -> PageSet {
+        self.space(space)
+            .map(|space| space.known().owed.clone())
+            .unwrap_or_default()
     }
 
     /// The pages of `space` received so far, as data or as zeros; empty if the space is unknown.
@@ -193,14 +261,16 @@ impl PageStore {
             .unwrap_or_default()
     }
 
-    /// The pages of `wanted` that were never received for `space`.
+    /// The pages of `wanted` that were never received for `space` and are not owed either.
     pub fn missing(&self, space: SpaceId, wanted: &PageSet) -> PageSet {
         let mut missing = wanted.clone();
         if let Ok(space) = self.space(space) {
             let known = space.known();
             for range in wanted.iter() {
-                for there in known.received.intersecting(range) {
-                    missing.remove(there);
+                for there in [&known.received, &known.owed] {
+                    for there in there.intersecting(range) {
+                        missing.remove(there);
+                    }
                 }
             }
         }
@@ -244,6 +314,9 @@ impl PageStore {
             }
             known.received.remove(range);
         }
+        let mut stale = known.owed.clone();
+        stale.subtract(keep);
+        known.owed.subtract(&stale);
         Ok(())
     }
 
@@ -294,6 +367,68 @@ impl PageStore {
         }
     }
 
+    /// [`PageStore::place`] where the first copy of an owed page wins.
+    fn place_owed(
+        &self,
+        space: &Space,
+        arrivals: &Arrivals,
+        runs: &[PageRun],
+        payload: &[u8],
+    ) -> Result<Vec<PageRange>, PageStoreError> {
+        let mut arrived = Vec::new();
+        let mut payload = payload;
+        for run in runs {
+            let is_data = match run.content {
+                RunContent::Data => true,
+                RunContent::Zero => false,
+                RunContent::Owed => {
+                    return Err(PageStoreError::NotOwed {
+                        space: space.id,
+                        range: run.pages,
+                    });
+                }
+            };
+            let data;
+            (data, payload) = payload.split_at(if is_data {
+                run.pages.bytes() as usize
+            } else {
+                0
+            });
+            let claims = space.claim(arrivals, run.pages)?;
+            for (index, &claim) in claims.iter().enumerate() {
+                let placed = if is_data {
+                    let from = (claim.start().0 - run.pages.start().0) * PAGE_SIZE;
+                    let data = &data[from as usize..][..claim.bytes() as usize];
+                    self.place_data(space, claim, data)
+                } else {
+                    // An owed page has no data in the file: it is a hole as it is.
+                    space.known().received.insert(claim);
+                    Ok(())
+                };
+                let recorded = placed.and_then(|()| {
+                    arrivals
+                        .mark(claim)
+                        .map_err(|source| space.failed("recording arrivals", source))
+                });
+                if let Err(error) = recorded {
+                    // Still owed, and free for another copy.
+                    for &unused in &claims[index..] {
+                        self.forget_data(space, unused)?;
+                        let mut known = space.known();
+                        known.received.remove(unused);
+                        known.claimed.remove(unused);
+                    }
+                    return Err(error);
+                }
+                let mut known = space.known();
+                known.claimed.remove(claim);
+                known.owed.remove(claim);
+            }
+            arrived.extend(claims);
+        }
+        Ok(arrived)
+    }
+
     fn place_data(
         &self,
         space: &Space,
@@ -324,17 +459,20 @@ impl PageStore {
         let mut known = space.known();
         known.received.insert(range);
         known.data.insert(range);
+        if known.arrivals.is_none() {
+            known.owed.remove(range);
+        }
         Ok(())
     }
 
-    fn place_zeros(&self, space: &Space, range: PageRange) -> Result<(), PageStoreError> {
+    /// Makes `range` a hole.
+    fn forget_data(&self, space: &Space, range: PageRange) -> Result<(), PageStoreError> {
         let had_data = space.known().data.intersecting(range);
         for &run in &had_data {
             punch(&space.memfd, run)
-                .map_err(|errno| space.failed("freeing pages that became zero", errno.into()))?;
+                .map_err(|errno| space.failed("freeing pages without data", errno.into()))?;
         }
         let mut known = space.known();
-        known.received.insert(range);
         for run in had_data {
             known.data.remove(run);
             self.data_pages.fetch_sub(run.pages(), Ordering::Relaxed);
@@ -412,6 +550,45 @@ impl Space {
 
     fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The parts of `range` that the caller may place: owed, and nobody else is at them. The rest has arrived or is just
+    /// arriving; if it was never owed, all is refused.
+    fn claim(
+        &self,
+        arrivals: &Arrivals,
+        range: PageRange,
+    ) -> Result<Vec<PageRange>, PageStoreError> {
+        let mut known = self.known();
+        let mut others = PageSet::from_iter([range]);
+        let mut free = PageSet::new();
+        for owed in known.owed.intersecting(range) {
+            others.remove(owed);
+            free.insert(owed);
+        }
+        for claimed in known.claimed.intersecting(range) {
+            free.remove(claimed);
+        }
+        for other in others.iter() {
+            if self.on_record(arrivals, other)? != [other] {
+                return Err(PageStoreError::NotOwed {
+                    space: self.id,
+                    range,
+                });
+            }
+        }
+        known.claimed.extend(&free);
+        Ok(free.iter().collect())
+    }
+
+    fn on_record(
+        &self,
+        arrivals: &Arrivals,
+        range: PageRange,
+    ) -> Result<Vec<PageRange>, PageStoreError> {
+        arrivals
+            .among(range)
+            .map_err(|source| self.failed("reading what has arrived", source))
     }
 
     fn failed(&self, action: &'static str, source: io::Error) -> PageStoreError {
@@ -510,6 +687,151 @@ mod tests {
             PageSet::from_iter([range(0, 1), range(3, 1)])
         );
         assert_eq!(store.missing(SpaceId(77), &wanted), wanted);
+    }
+
+    fn owed(start: u64, pages: u64) -> PageRun {
+        PageRun {
+            pages: range(start, pages),
+            content: RunContent::Owed,
+        }
+    }
+
+    #[test]
+    fn an_owed_page_forgets_its_older_copy_and_is_told_from_a_missing_one() {
+        let store = store();
+        store
+            .place(SPACE, &[data(0, 8)], &filled(7, 8))
+            .expect("placed");
+        let said = store.place(SPACE, &[owed(2, 3), owed(8, 2)], &[]);
+        assert_eq!(said.expect("taken"), []);
+        assert_eq!(store.memory_in_use().expect("measured"), 5 * PAGE_SIZE);
+        assert_eq!(
+            store.owed(SPACE),
+            PageSet::from_iter([range(2, 3), range(8, 2)])
+        );
+        assert_eq!(
+            store.received(SPACE),
+            PageSet::from_iter([range(0, 2), range(5, 3)])
+        );
+        let wanted = PageSet::from_iter([range(0, 12)]);
+        assert_eq!(
+            store.missing(SPACE, &wanted),
+            PageSet::from_iter([range(10, 2)])
+        );
+        // A newer copy on the same stream ends the debt, zero or not.
+        store
+            .place(SPACE, &[data(2, 1), zero(3, 1)], &filled(9, 1))
+            .expect("placed");
+        assert_eq!(
+            store.owed(SPACE),
+            PageSet::from_iter([range(4, 1), range(8, 2)])
+        );
+        assert_eq!((first_byte(&store, 2), first_byte(&store, 3)), (9, 0));
+        store
+            .retain(SPACE, &PageSet::from_iter([range(0, 9)]))
+            .expect("retained");
+        assert_eq!(
+            store.owed(SPACE),
+            PageSet::from_iter([range(4, 1), range(8, 1)])
+        );
+    }
+
+    #[test]
+    fn of_an_owed_page_the_first_copy_is_taken_and_put_on_record_and_no_other() {
+        let store = store();
+        store
+            .place(SPACE, &[data(0, 2), owed(2, 8)], &filled(1, 2))
+            .expect("placed");
+        let arrivals = Arrivals::new().expect("a record");
+        let record = arrivals.try_clone().expect("a handle");
+        store.track(SPACE, arrivals).expect("tracked");
+        let came = store.place(SPACE, &[data(3, 2), zero(5, 1)], &filled(4, 2));
+        assert_eq!(came.expect("placed"), [range(3, 2), range(5, 1)]);
+        assert_eq!(record.among(range(0, 20)).expect("read"), [range(3, 3)]);
+        // The pager has taken page 3 meanwhile. A late copy must not fill it again.
+        punch(store.memfd(SPACE).expect("a memfd"), range(3, 1)).expect("punched");
+        let came = store.place(SPACE, &[data(2, 3)], &filled(5, 3));
+        assert_eq!(came.expect("placed"), [range(2, 1)]);
+        assert_eq!([2, 3, 4, 5].map(|page| first_byte(&store, page)), [5, 0, 4, 0]);
+        assert_eq!(store.owed(SPACE), PageSet::from_iter([range(6, 4)]));
+        for refused in [data(1, 1), data(9, 2), owed(6, 1)] {
+            let bytes = match refused.content {
+                RunContent::Data => filled(6, refused.pages.pages()),
+                _ => Vec::new(),
+            };
+            let refused = store.place(SPACE, &[refused], &bytes);
+            assert!(
+                matches!(refused, Err(PageStoreError::NotOwed { .. })),
+                "{refused:?}"
+            );
+        }
+        assert_eq!([1, 6, 9].map(|page| first_byte(&store, page)), [1, 0, 0]);
+    }
+
+    #[test]
+    fn a_copy_that_could_not_be_placed_leaves_the_page_owed() {
+        let store = store();
+        store
+            .place(SPACE, &[data(0, 60), owed(100, 8)], &filled(1, 60))
+            .expect("placed");
+        let arrivals = Arrivals::new().expect("a record");
+        store.track(SPACE, arrivals).expect("tracked");
+        let full = store.place(SPACE, &[data(100, 8)], &filled(2, 8));
+        assert!(matches!(full, Err(PageStoreError::Full { .. })), "{full:?}");
+        assert_eq!(store.owed(SPACE), PageSet::from_iter([range(100, 8)]));
+        let came = store.place(SPACE, &[data(100, 4)], &filled(2, 4));
+        assert_eq!(came.expect("there is room"), [range(100, 4)]);
+    }
+
+    #[test]
+    fn a_record_with_arrivals_on_it_settles_what_was_owed() {
+        let store = store();
+        store.place(SPACE, &[owed(0, 10)], &[]).expect("placed");
+        let arrivals = Arrivals::new().expect("a record");
+        arrivals.mark(range(3, 4)).expect("marked");
+        store.track(SPACE, arrivals).expect("tracked");
+        assert_eq!(
+            store.owed(SPACE),
+            PageSet::from_iter([range(0, 3), range(7, 3)])
+        );
+        assert_eq!(store.received(SPACE), PageSet::from_iter([range(3, 4)]));
+    }
+
+    #[test]
+    fn threads_that_place_the_same_owed_pages_place_each_once() {
+        let store = PageStore::new(PageStoreLimits {
+            spaces: 1,
+            bytes: 4096 * PAGE_SIZE,
+        });
+        store.place(SPACE, &[owed(0, 2048)], &[]).expect("placed");
+        let arrivals = Arrivals::new().expect("a record");
+        let record = arrivals.try_clone().expect("a handle");
+        store.track(SPACE, arrivals).expect("tracked");
+        let arrived: u64 = std::thread::scope(|scope| {
+            let threads: Vec<_> = (1..5u64)
+                .map(|thread| {
+                    let (store, record) = (&store, &record);
+                    scope.spawn(move || {
+                        let mut arrived = 0;
+                        for start in (0..2048u64).map(|at| at * (2 * thread + 1) % 2041) {
+                            let came = store.place(SPACE, &[data(start, 7)], &filled(3, 7));
+                            for run in came.expect("placed") {
+                                assert_eq!(record.among(run).expect("read"), [run]);
+                                // As the pager does: whoever is told of a page takes it, and it must stay taken.
+                                let memfd = store.memfd(SPACE).expect("a memfd");
+                                punch(memfd, run).expect("punched");
+                                arrived += run.pages();
+                            }
+                        }
+                        arrived
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|t| t.join().expect("placed")).sum()
+        });
+        assert_eq!(arrived, 2047);
+        assert_eq!(store.owed(SPACE), PageSet::from_iter([range(2047, 1)]));
+        assert_eq!(store.memory_in_use().expect("measured"), 0);
     }
 
     #[test]

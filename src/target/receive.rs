@@ -211,6 +211,7 @@ fn place(mut inbox: PageInbox, store: &PageStore, shared: &Shared) -> Result<(),
             content: match run.kind {
                 RunKind::Data => RunContent::Data,
                 RunKind::Zero => RunContent::Zero,
+                RunKind::Owed => RunContent::Owed,
             },
         }));
         store.place(frame.space(), &runs, payload)?;

@@ -7,6 +7,7 @@ use super::fingerprint::Fingerprint;
 use super::link::{LinkMeter, LinkSample};
 use super::pages::{PageReceiver, PageSender};
 use super::rate::RateLimit;
+use super::requests::{RequestReceiver, RequestSender};
 use super::trust::PeerName;
 use crate::wire::peer_error::PeerError;
 use crate::wire::stream::{HEADER_LEN, StreamKind};
@@ -182,6 +183,23 @@ impl Connection {
         Ok(FileReceiver::new(stream, index, self.clone()))
     }
 
+    /// Opens fault stream `index`: page requests come, page frames go, and neither waits for the bandwidth limit.
+    pub async fn open_faults(
+        &self,
+        index: u16,
+    ) -> Result<(PageSender, RequestReceiver), TransportError> {
+        let (send, receive) = self.open_stream(TwoWay::Faults, index).await?;
+        let pages = PageSender::urgent(send, index, self.clone());
+        Ok((pages, RequestReceiver::new(receive, self.clone())))
+    }
+
+    /// The next fault stream the peer opened.
+    pub async fn accept_faults(&self) -> Result<(RequestSender, PageReceiver), TransportError> {
+        let (index, send, receive) = self.next(&self.0.arrivals.faults).await?;
+        let pages = PageReceiver::new(receive, index, self.clone());
+        Ok((RequestSender::new(send, self.clone()), pages))
+    }
+
     /// Opens stream `index` in both directions for another room's protocol.
     ///
     /// The two halves do not keep the connection open: keep a clone of it.
@@ -261,7 +279,8 @@ impl Connection {
         self.0.quic.close_reason().map(TransportError::from)
     }
 
-    pub(super) fn runtime(&self) -> &Handle {
+    /// The runtime the connection lives on, to spawn on it or to wait for its futures on another thread.
+    pub fn runtime(&self) -> &Handle {
         &self.0.runtime
     }
 

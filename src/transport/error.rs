@@ -5,6 +5,7 @@ use super::trust::TrustError;
 use crate::wire::file_frame::FileFrameError;
 use crate::wire::message::MessageError;
 use crate::wire::page_frame::FrameError;
+use crate::wire::page_request::PageRequestError;
 use crate::wire::path::RelativePath;
 use crate::wire::peer_error::PeerError;
 use crate::wire::stream::StreamHeaderError;
@@ -107,6 +108,9 @@ pub enum TransportError {
     /// A page frame is wrong.
     #[error(transparent)]
     Frame(#[from] FrameError),
+    /// A page request is wrong.
+    #[error(transparent)]
+    PageRequest(#[from] PageRequestError),
     /// A file frame is wrong.
     #[error(transparent)]
     File(#[from] FileFrameError),
@@ -143,6 +147,7 @@ impl TransportError {
             TransportError::Hello(_)
             | TransportError::StreamHeader(_)
             | TransportError::Message(_)
+            | TransportError::PageRequest(_)
             | TransportError::Truncated(_)
             | TransportError::FileTooLarge { .. } => PeerError::Malformed,
             TransportError::Frame(FrameError::Hash | FrameError::Decompress(_))

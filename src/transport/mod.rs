@@ -10,6 +10,7 @@
 //!
 //!  Connection ──▶ open_pages(i)  ── PageSender ─────────▶ PageReceiver ── accept_pages() ◀── Connection
 //!             ──▶ open_files(i)  ── FileSender ─────────▶ FileReceiver ── accept_files()
+//!             ──▶ open_faults(i) ── PageSender, RequestReceiver  ◀─▶  RequestSender, PageReceiver ── accept_faults()
 //!             ──▶ open_stream(k, i) ◀── both ways ──▶ accept_stream(k)
 //! ```
 //!
@@ -27,6 +28,7 @@ mod identity;
 mod link;
 mod pages;
 mod rate;
+mod requests;
 mod socket;
 mod thread;
 mod tls;
@@ -42,6 +44,7 @@ pub use fingerprint::{Fingerprint, FingerprintError};
 pub use identity::{Identity, IdentityError};
 pub use link::LinkSample;
 pub use pages::{PageInbox, PageQueue, PageReceiver, PageSender};
+pub use requests::{RequestReceiver, RequestSender};
 pub use quinn::{RecvStream, SendStream};
 pub use thread::TransportThread;
 pub use trust::{PeerName, TrustError, TrustStore, Trusted, TrustedPeer};

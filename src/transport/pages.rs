@@ -23,6 +23,8 @@ pub struct PageSender {
     stream: SendStream,
     index: u16,
     frames: u64,
+    /// Somebody stands still until it arrives: no limit holds it up, and it says nothing about the link's speed.
+    urgent: bool,
     connection: Connection,
 }
 
@@ -32,7 +34,18 @@ impl PageSender {
             stream,
             index,
             frames: 0,
+            urgent: false,
             connection,
+        }
+    }
+
+    /// A sender whose frames go before all others and outside the bandwidth limit.
+    pub(super) fn urgent(stream: SendStream, index: u16, connection: Connection) -> PageSender {
+        // Fails on a stream that is closed already, and then so will every frame.
+        let _ = stream.set_priority(1);
+        PageSender {
+            urgent: true,
+            ..PageSender::new(stream, index, connection)
         }
     }
 
@@ -50,18 +63,27 @@ impl PageSender {
     ///
     /// Cancelling the future may leave half a frame on the stream: then nothing more can be sent.
     pub async fn send(&mut self, frame: EncodedFrame) -> Result<(), TransportError> {
-        let bytes = frame.wire_len();
-        let waiting = self.connection.link().wait();
-        self.connection.acquire(bytes).await;
+        if self.urgent {
+            self.write(frame).await?;
+        } else {
+            let bytes = frame.wire_len();
+            let waiting = self.connection.link().wait();
+            self.connection.acquire(bytes).await;
+            self.write(frame).await?;
+            drop(waiting);
+            self.connection.link().wrote(bytes);
+        }
+        self.frames += 1;
+        Ok(())
+    }
+
+    async fn write(&mut self, frame: EncodedFrame) -> Result<(), TransportError> {
         if frame.payload.is_empty() {
             self.stream.write_chunk(frame.head).await?;
         } else {
             let mut chunks = [frame.head, frame.payload];
             self.stream.write_all_chunks(&mut chunks).await?;
         }
-        drop(waiting);
-        self.connection.link().wrote(bytes);
-        self.frames += 1;
         Ok(())
     }
 

@@ -7,6 +7,7 @@
 //! ```text
 //!  control stream:  hello offer ▶ ◀ hello answer, then messages both ways     version, message
 //!  page streams:    stream header, page frame, page frame, ...                stream, page_frame, codec
+//!  fault streams:   stream header, then page requests ◀ ▶ page frames         stream, page_request, page_frame
 //!  file streams:    stream header, file frame, file frame, ...                stream, file_frame
 //! ```
 //!
@@ -17,6 +18,7 @@ pub mod file_frame;
 pub mod id;
 pub mod message;
 pub mod page_frame;
+pub mod page_request;
 pub mod path;
 pub mod peer_error;
 pub mod rootfs;

@@ -7,10 +7,13 @@
 //!
 //!  then `run count` times:                             then `payload len` bytes:
 //!  | first page | pages | kind             |           the data pages of all runs in order,
-//!  | u64        | u32   | u32 0 data 1 zero|           encoded with the codec as one block
+//!  | u64        | u32   | u32: 0 data      |           encoded with the codec as one block
+//!  |            |       | 1 zero 2 owed    |
 //! ```
 //!
-//! All integers are little-endian. A zero run says that its pages hold only zeros; it has no bytes in the payload.
+//! All integers are little-endian. A zero run says that its pages hold only zeros; it has no bytes in the payload. An owed
+//! run says that its pages exist and that their content comes later: an older copy is worth nothing. It has no bytes
+//! either, and its pages do not count among the 256: what a container owes at the freeze is said in few frames.
 //! Runs are in order of address and share no page. The raw length is the number of data pages times 4096. The payload
 //! is never longer than that: what does not shrink is sent as it is. The hash covers the runs as sent and the raw
 //! payload, seeded with the space, so that bytes cannot end up at another place than they were read from.
@@ -30,8 +33,11 @@ use xxhash_rust::xxh3::Xxh3;
 use zerocopy::little_endian::{U16, U32, U64, U128};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// The most pages one frame may carry, zero pages counted.
+/// The most pages one frame may carry, zero pages counted, owed ones not.
 pub const MAX_PAGES: u64 = 256;
+
+/// The most pages one frame may call owed: 4 GiB.
+pub const MAX_OWED: u64 = 1 << 20;
 
 /// The most runs one frame may carry.
 pub const MAX_RUNS: usize = 256;
@@ -77,6 +83,8 @@ pub enum RunKind {
     Data = 0,
     /// Only zeros.
     Zero = 1,
+    /// Not known here yet: it comes later, and what came before is no longer true.
+    Owed = 2,
 }
 
 /// Consecutive pages of one kind.
@@ -93,7 +101,7 @@ impl Run {
     pub fn raw_len(&self) -> usize {
         match self.kind {
             RunKind::Data => self.range.bytes() as usize,
-            RunKind::Zero => 0,
+            RunKind::Zero | RunKind::Owed => 0,
         }
     }
 }
@@ -149,6 +157,9 @@ pub enum FrameError {
     /// More pages in all runs than [`MAX_PAGES`].
     #[error("a page frame carries more than {MAX_PAGES} pages")]
     PageCount,
+    /// More owed pages than [`MAX_OWED`].
+    #[error("a page frame calls more than {MAX_OWED} pages owed")]
+    OwedCount,
     /// The data pages of the runs are not the raw length.
     #[error("a page frame claims {claimed} raw bytes, its runs have {runs}")]
     RunBytes {
@@ -352,7 +363,7 @@ impl Frame {
         &self.runs
     }
 
-    /// Pages in all runs, 1 to [`MAX_PAGES`].
+    /// Pages in all runs, owed ones too; at least 1.
     pub fn pages(&self) -> u64 {
         self.runs.iter().map(|run| run.range.pages()).sum()
     }
@@ -394,6 +405,7 @@ fn decode_run(raw: &RawRun) -> Result<Run, FrameError> {
     let kind = match raw.kind.get() {
         0 => RunKind::Data,
         1 => RunKind::Zero,
+        2 => RunKind::Owed,
         unknown => return Err(FrameError::RunKind(unknown)),
     };
     Ok(Run { range, kind })
@@ -407,19 +419,25 @@ fn check_run_count(count: usize) -> Result<(), FrameError> {
     }
 }
 
-/// Runs are in order, disjoint, at most [`MAX_PAGES`] together, and their data is `raw_len` bytes.
+/// Runs are in order, disjoint, at most [`MAX_PAGES`] and [`MAX_OWED`] together, and their data is `raw_len` bytes.
 fn check_runs(runs: &[Run], raw_len: usize) -> Result<(), FrameError> {
     let mut free_from = 0;
-    let mut pages = 0;
+    let (mut pages, mut owed) = (0, 0);
     let mut bytes = 0;
     for run in runs {
         if run.range.start().0 < free_from {
             return Err(FrameError::RunOrder(run.range.start().0));
         }
         free_from = run.range.end().0;
-        pages += run.range.pages();
+        match run.kind {
+            RunKind::Data | RunKind::Zero => pages += run.range.pages(),
+            RunKind::Owed => owed += run.range.pages(),
+        }
         if pages > MAX_PAGES {
             return Err(FrameError::PageCount);
+        }
+        if owed > MAX_OWED {
+            return Err(FrameError::OwedCount);
         }
         bytes += run.raw_len();
     }

@@ -15,6 +15,7 @@
 //! # Versions
 //!
 //! - 1: the first: control messages, page frames, file frames, root filesystem streams.
+//! - 2: post-copy: owed runs in page frames, and what is said on fault streams.
 
 use std::fmt;
 use thiserror::Error;
@@ -36,7 +37,7 @@ pub struct Version(pub u16);
 
 impl Version {
     /// The versions this build speaks, best first.
-    pub const SUPPORTED: &[Version] = &[Version(1)];
+    pub const SUPPORTED: &[Version] = &[Version(2)];
 }
 
 impl fmt::Display for Version {

@@ -156,6 +156,50 @@ fn noise_is_sent_as_it_is_without_being_copied() {
 }
 
 #[test]
+fn the_bytes_of_an_owed_run_are_pinned() {
+    let runs = [
+        run(0x10, 0x200, RunKind::Owed),
+        run(0x300, 1, RunKind::Zero),
+    ];
+    let frame = encode(&runs, Bytes::new(), Codec::Lz4).expect("encodes");
+    assert!(frame.payload.is_empty());
+    let head: Vec<u8> = [
+        &b"MPGF"[..],
+        &[3, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+    .concat();
+    assert_eq!(frame.head[..24], head);
+    assert_eq!(
+        frame.head[HEADER_LEN..],
+        [
+            0x10, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 2, 0, 0, 0, // owed
+            0, 3, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, // zero
+        ]
+    );
+    let received = decode(&frame.to_bytes()).expect("decodes");
+    assert_eq!(received.runs(), runs);
+    assert_eq!(receive(&frame.to_bytes()).expect("verifies"), b"");
+}
+
+#[test]
+fn owed_pages_do_not_count_as_carried_but_have_a_limit_of_their_own() {
+    let data = run(0, 256, RunKind::Data);
+    let most = run(256, MAX_OWED, RunKind::Owed);
+    encode(&[data, most], text(256), Codec::None).expect("both limits reached");
+    let error = encode(
+        &[most, run(MAX_OWED + 256, 1, RunKind::Owed)],
+        Bytes::new(),
+        Codec::None,
+    )
+    .expect_err("one page more");
+    assert_eq!(error, FrameError::OwedCount);
+    assert_eq!(
+        Lie::error(|l| l.runs = vec![(16, u32::MAX, 2)]),
+        FrameError::OwedCount
+    );
+}
+
+#[test]
 fn zero_pages_cost_no_payload() {
     let frame = encode(&[run(0, 256, RunKind::Zero)], Bytes::new(), Codec::Lz4).expect("encodes");
     assert_eq!(frame.wire_len(), HEADER_LEN + 16);
@@ -247,8 +291,8 @@ fn runs_that_lie_are_refused() {
         );
     }
     assert_eq!(
-        Lie::error(|l| l.runs = vec![(16, 1, 2)]),
-        FrameError::RunKind(2)
+        Lie::error(|l| l.runs = vec![(16, 1, 3)]),
+        FrameError::RunKind(3)
     );
     assert_eq!(
         Lie::error(|l| l.runs = vec![(16, 2, 0)]),
@@ -341,14 +385,14 @@ fn pages_moved_to_another_place_do_not_match_the_hash() {
 
 prop_compose! {
     /// Valid runs: gaps and lengths, with a kind each.
-    fn any_runs()(parts in prop::collection::vec((0u64..3, 1u64..8, any::<bool>()), 1..30), base in 0u64..1 << 40) -> Vec<Run> {
+    fn any_runs()(parts in prop::collection::vec((0u64..3, 1u64..8, 0usize..3), 1..30), base in 0u64..1 << 40) -> Vec<Run> {
         let mut next = base;
         parts
             .into_iter()
-            .map(|(gap, pages, zero)| {
+            .map(|(gap, pages, kind)| {
                 let first = next + gap;
                 next = first + pages;
-                run(first, pages, if zero { RunKind::Zero } else { RunKind::Data })
+                run(first, pages, [RunKind::Data, RunKind::Zero, RunKind::Owed][kind])
             })
             .collect()
     }

@@ -1,0 +1,80 @@
+//! One fault stream: hears what the target wants and has, and answers.
+
+use super::books::Breach;
+use super::{ServeError, Shared, frame};
+use crate::transport::{Connection, PageSender, RequestReceiver};
+use crate::wire::codec::{Codec, Compression};
+use crate::wire::page_frame::FrameEncoder;
+use crate::wire::page_request::PageRequest;
+use std::time::Instant;
+
+/// Only this stream carries what is said once for all of them: what is missing, what was received, the end.
+const FIRST_STREAM: u16 = 0;
+
+/// Below this many bytes per second, compressing an answer takes less time than it saves.
+const SLOW_LINK: f64 = 200e6;
+
+/// Answers until the target ends the stream, which it does after saying that all has come.
+pub(super) async fn answer(
+    mut pages: PageSender,
+    mut requests: RequestReceiver,
+    shared: &Shared,
+    connection: &Connection,
+) -> Result<(), ServeError> {
+    let mut encoder = FrameEncoder::new();
+    while let Some(request) = requests.receive().await? {
+        if let PageRequest::Want { space, pages: wanted } = request {
+            let start = Instant::now();
+            let (batch, rate) = {
+                let mut state = shared.lock();
+                let batch = state.books.answer(space, wanted)?;
+                shared.count_left(&state);
+                (batch, state.credit.rate())
+            };
+            let (frame, _) = frame::of_batch(&batch, &mut encoder, codec(shared.compression, rate))?;
+            let sent = batch.ranges.iter().map(|range| range.pages()).sum();
+            let bytes = frame.wire_len() as u64;
+            pages.send(frame).await?;
+            shared.progress.answered(sent, bytes, start.elapsed());
+            continue;
+        }
+        if pages.index() != FIRST_STREAM {
+            return Err(Breach::OutOfPlace("what belongs on the first stream").into());
+        }
+        let mut state = shared.lock();
+        match request {
+            PageRequest::Want { .. } => unreachable!("answered above"),
+            PageRequest::Received { bytes } => {
+                let rtt = connection.stats().rtt;
+                state.credit.received(bytes, rtt, Instant::now())?;
+            }
+            PageRequest::Missing { space, pages } => state.books.missing(space, pages)?,
+            PageRequest::MissingEnd => {
+                state.books.end_list()?;
+                shared.count_left(&state);
+            }
+            PageRequest::Complete => {
+                state.books.complete()?;
+                drop(state);
+                shared.end(Ok(()));
+                continue;
+            }
+        }
+        shared.changed.notify_all();
+    }
+    if !matches!(shared.lock().end, Some(Ok(()))) && pages.index() == FIRST_STREAM {
+        return Err(Breach::OutOfPlace("the end of the fault streams").into());
+    }
+    // An error here would be the connection's, and all has come.
+    let _ = pages.finish();
+    Ok(())
+}
+
+/// How answers are encoded: they are small, so only a slow link is worth it.
+fn codec(compression: Compression, rate: Option<f64>) -> Codec {
+    match compression {
+        Compression::Always(codec) => codec,
+        Compression::Auto if rate.is_some_and(|rate| rate < SLOW_LINK) => Codec::Lz4,
+        Compression::Auto => Codec::None,
+    }
+}
