@@ -123,6 +123,7 @@ impl Scene {
             memfd: self.store.memfd(SpaceId(vpid as u32)).expect("a memfd"),
             lazy: vec![lazy],
             hot: Vec::new(),
+            owed: None,
         }
     }
 

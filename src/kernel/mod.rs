@@ -15,6 +15,7 @@
 //!  private_mounts ── starts a program in a mount namespace of its own
 //!  userfaultfd_missing  fills missing pages of restored processes
 //!  ksm ───────────── whether the kernel merges equal pages
+//!  readiness ─────── waits for a descriptor in async tasks
 //!  sparse_file ───── reads the data of a file and skips its holes
 //!  probe ─────────── what this kernel can do, found by trying   (scratch: memory to try it on)
 //!  bugs ──────────── what is known to go wrong, and what is done about it   (bug_probes: does it here?)
@@ -37,6 +38,7 @@ pub mod private_mounts;
 pub mod probe;
 pub mod process_memory;
 pub mod ptrace;
+pub mod readiness;
 pub(crate) mod scratch;
 pub mod sparse_file;
 pub mod userfaultfd;

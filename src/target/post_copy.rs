@@ -18,22 +18,20 @@
 use super::arrivals::Arrivals;
 use super::page_store::{PageRun, PageStore, PageStoreError, RunContent};
 use super::pager::{Heard, SupplyLine, SupplyMessage};
+use crate::kernel::readiness;
 use crate::memory::{PageRange, PageSet, SpaceId};
-use crate::transport::{
-    Connection, PageInbox, PageReceiver, RequestSender, TransportError,
-};
+use crate::transport::{Connection, PageInbox, PageReceiver, RequestSender, TransportError};
 use crate::wire::page_frame::{Frame, FrameError, MAX_PAGES, RunKind, Scratch};
 use crate::wire::page_request::PageRequest;
 use crate::wire::peer_error::PeerError;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use thiserror::Error;
-use tokio::io::unix::AsyncFd;
 use tokio::io::{Interest, Ready};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
@@ -107,15 +105,17 @@ impl PostCopyError {
     pub fn as_peer_error(&self) -> PeerError {
         match self {
             PostCopyError::Transport(error) => error.as_peer_error(),
-            PostCopyError::Frame(FrameError::Hash | FrameError::Decompress(_)) => PeerError::Corrupt,
+            PostCopyError::Frame(FrameError::Hash | FrameError::Decompress(_)) => {
+                PeerError::Corrupt
+            }
             PostCopyError::Frame(_) => PeerError::Malformed,
             PostCopyError::Store(PageStoreError::NotOwed { .. })
             | PostCopyError::UnknownSpace(_)
             | PostCopyError::TooManyStreams
             | PostCopyError::EndedEarly(_) => PeerError::Unexpected,
-            PostCopyError::Store(PageStoreError::Full { .. } | PageStoreError::OutOfMemory { .. }) => {
-                PeerError::StorageFull
-            }
+            PostCopyError::Store(
+                PageStoreError::Full { .. } | PageStoreError::OutOfMemory { .. },
+            ) => PeerError::StorageFull,
             PostCopyError::Stopped => PeerError::Cancelled,
             _ => PeerError::Internal,
         }
@@ -200,8 +200,7 @@ impl PostCopy {
                 owed: task.owed,
                 arrivals: task.arrivals,
             };
-            if by_vpid.insert(task.vpid, kept).is_some()
-                || vpids.insert(space, task.vpid).is_some()
+            if by_vpid.insert(task.vpid, kept).is_some() || vpids.insert(space, task.vpid).is_some()
             {
                 return Err(PostCopyError::Twice(space));
             }
@@ -231,8 +230,11 @@ impl PostCopy {
     /// If that fails the connection is closed, with the reason told to the peer. Must not be called twice at a time.
     pub fn attach(self, connection: &Connection) -> PostCopying {
         let stop = Arc::new(Notify::new());
-        let (books, stopped, connection) =
-            (Arc::clone(&self.books), Arc::clone(&stop), connection.clone());
+        let (books, stopped, connection) = (
+            Arc::clone(&self.books),
+            Arc::clone(&stop),
+            connection.clone(),
+        );
         let runtime = connection.runtime().clone();
         let task = runtime.spawn(async move {
             let taken = tokio::select! {
@@ -355,7 +357,8 @@ impl Books {
         let mut untold = self.untold();
         while let Some(mut entry) = untold.first_entry() {
             let vpid = *entry.key();
-            while let Some(pages) = entry.get().iter().next() {
+            let next = |untold: &PageSet| untold.iter().next();
+            while let Some(pages) = next(entry.get()) {
                 if !self.tell(SupplyMessage::Came { vpid, pages })? {
                     return Ok(false);
                 }
@@ -367,7 +370,9 @@ impl Books {
     }
 
     fn tell(&self, message: SupplyMessage) -> Result<bool, PostCopyError> {
-        self.line.send(message).map_err(|_| PostCopyError::PagerGone)
+        self.line
+            .send(message)
+            .map_err(|_| PostCopyError::PagerGone)
     }
 
     /// What the source is to be asked for when the pager wants these pages; `None` if the first has come meanwhile.
@@ -397,7 +402,7 @@ impl Books {
         spaces.sort_unstable();
         let missing = spaces.into_iter().flat_map(|space| {
             let owed: Vec<PageRange> = self.store.owed(space).iter().collect();
-            let missing = |pages| PageRequest::Missing { space, pages };
+            let missing = move |pages| PageRequest::Missing { space, pages };
             owed.into_iter().map(missing)
         });
         missing.chain([PageRequest::MissingEnd]).collect()
@@ -431,7 +436,7 @@ struct Session<'a> {
 async fn take_in(books: &Arc<Books>, connection: &Connection) -> Result<(), PostCopyError> {
     let line = books.line.as_fd().try_clone_to_owned();
     let line = line
-        .and_then(|line| AsyncFd::with_interest(line, Interest::READABLE | Interest::WRITABLE))
+        .and_then(readiness::watch)
         .map_err(PostCopyError::Line)?;
     let (placers, mut placed) = mpsc::unbounded_channel();
     let mut session = Session {
@@ -555,7 +560,8 @@ impl Session<'_> {
             Heard::Message(SupplyMessage::Want { vpid, pages }) => {
                 if let Some(want) = self.books.wanted(vpid, pages)? {
                     let least = self.streams.values_mut();
-                    let least = least.min_by_key(|(_, under_way)| under_way.load(Ordering::Relaxed));
+                    let least =
+                        least.min_by_key(|(_, under_way)| under_way.load(Ordering::Relaxed));
                     let (stream, under_way) = least.expect("talking means that there is a stream");
                     under_way.fetch_add(1, Ordering::Relaxed);
                     stream.send(&[want]).await?;
@@ -584,11 +590,16 @@ impl Session<'_> {
 
     /// Says to the source what has come. Whether that was everything.
     async fn tell_source(&mut self) -> Result<bool, PostCopyError> {
-        let (first, _) = self.streams.get_mut(&0).expect("talking means that there is one");
+        let (first, _) = self
+            .streams
+            .get_mut(&0)
+            .expect("talking means that there is one");
         let received = self.received.load(Ordering::Acquire);
         if received > self.confirmed {
             self.confirmed = received;
-            first.send(&[PageRequest::Received { bytes: received }]).await?;
+            first
+                .send(&[PageRequest::Received { bytes: received }])
+                .await?;
         }
         if *self.books.all_here() {
             first.send(&[PageRequest::Complete]).await?;

@@ -23,7 +23,11 @@ pub(super) async fn answer(
 ) -> Result<(), ServeError> {
     let mut encoder = FrameEncoder::new();
     while let Some(request) = requests.receive().await? {
-        if let PageRequest::Want { space, pages: wanted } = request {
+        if let PageRequest::Want {
+            space,
+            pages: wanted,
+        } = request
+        {
             let start = Instant::now();
             let (batch, rate) = {
                 let mut state = shared.lock();
@@ -31,7 +35,8 @@ pub(super) async fn answer(
                 shared.count_left(&state);
                 (batch, state.credit.rate())
             };
-            let (frame, _) = frame::of_batch(&batch, &mut encoder, codec(shared.compression, rate))?;
+            let (frame, _) =
+                frame::of_batch(&batch, &mut encoder, codec(shared.compression, rate))?;
             let sent = batch.ranges.iter().map(|range| range.pages()).sum();
             let bytes = frame.wire_len() as u64;
             pages.send(frame).await?;

@@ -3,6 +3,7 @@
 //! Enters: the owed pages, what the target wants and what it misses. Leaves: batches of pages to read and send. Does no
 //! I/O; what a target says is checked against what it can know.
 
+use crate::kernel::maps::{self, FileKinds};
 use crate::kernel::process_memory::{ProcessMemory, ReadError};
 use crate::memory::{PageNumber, PageRange, PageSet, SpaceId};
 use crate::source::send::PagesToSend;
@@ -106,6 +107,25 @@ impl Books {
         })
     }
 
+    /// Books over frozen processes of which only the target knows what they owe: it may list any of their pages.
+    pub fn resume(processes: &[(SpaceId, i32)]) -> Result<Books, (i32, ReadError)> {
+        let mut kinds = FileKinds::default();
+        let mut pages = Vec::with_capacity(processes.len());
+        for &(space, pid) in processes {
+            let maps = maps::read(pid, &mut kinds).map_err(|_| (pid, ReadError::Exited { pid }))?;
+            pages.push(PagesToSend {
+                space,
+                pid,
+                pages: maps.iter().map(|vma| vma.range).collect(),
+            });
+        }
+        let mut books = Books::new(pages)?;
+        for owed in books.spaces.values_mut() {
+            owed.sent = std::mem::take(&mut owed.left);
+        }
+        Ok(books)
+    }
+
     /// Pages that still have to be sent.
     pub fn left(&self) -> u64 {
         self.spaces.values().map(|owed| owed.left.pages()).sum()
@@ -160,7 +180,10 @@ impl Books {
         let owed = owing(&mut self.spaces, space, wanted)?;
         let first = PageRange::from_start_len(wanted.start(), 1).expect("a page of a range");
         let mut ranges = owed.left.intersecting(wanted);
-        if ranges.first().is_none_or(|run| run.start() != first.start()) {
+        if ranges
+            .first()
+            .is_none_or(|run| run.start() != first.start())
+        {
             ranges.insert(0, first);
         }
         cut(&mut ranges, ANSWER_PAGES);
@@ -188,7 +211,10 @@ impl Books {
             Some(found) => found,
             // Around: what lies before the place that the push was drawn to.
             None => {
-                let found = self.spaces.iter_mut().find(|(_, owed)| !owed.left.is_empty());
+                let found = self
+                    .spaces
+                    .iter_mut()
+                    .find(|(_, owed)| !owed.left.is_empty());
                 let (&space, owed) = found?;
                 (space, owed, PageNumber(0))
             }
@@ -282,7 +308,11 @@ mod tests {
     /// Space 1 owes 100..200 and 300..310, space 2 owes 50..60; the target has listed them all.
     fn books() -> Books {
         let mut books = unlisted();
-        for (space, pages) in [(ONE, range(100, 100)), (ONE, range(300, 10)), (TWO, range(50, 10))] {
+        for (space, pages) in [
+            (ONE, range(100, 100)),
+            (ONE, range(300, 10)),
+            (TWO, range(50, 10)),
+        ] {
             books.missing(space, pages).expect("listed");
         }
         books.end_list().expect("the end");

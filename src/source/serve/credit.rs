@@ -33,9 +33,7 @@ pub fn allowance(rtt: Duration, rate: Option<f64>) -> u64 {
     };
     let product = 1.5 * rate * rtt.as_secs_f64();
     let floor = (rate * ALWAYS.as_secs_f64()) as u64;
-    (product as u64)
-        .max(floor.clamp(LEAST, UNKNOWN))
-        .min(MOST)
+    (product as u64).max(floor.clamp(LEAST, UNKNOWN)).min(MOST)
 }
 
 /// The push's account with the target, on one connection.
@@ -51,7 +49,9 @@ pub struct Credit {
 
 /// The target claims to have bytes that were not sent, or fewer than before.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("the target says it has {claimed} bytes of pushed pages, between {had} and {sent} are possible")]
+#[error(
+    "the target says it has {claimed} bytes of pushed pages, between {had} and {sent} are possible"
+)]
 pub struct CreditError {
     claimed: u64,
     had: u64,
@@ -69,12 +69,7 @@ impl Credit {
     }
 
     /// The target has `total` bytes now, and a round trip takes `rtt`.
-    pub fn received(
-        &mut self,
-        total: u64,
-        rtt: Duration,
-        now: Instant,
-    ) -> Result<(), CreditError> {
+    pub fn received(&mut self, total: u64, rtt: Duration, now: Instant) -> Result<(), CreditError> {
         if !(self.received..=self.sent).contains(&total) {
             return Err(CreditError {
                 claimed: total,
@@ -144,7 +139,8 @@ mod tests {
         }
     }
 
-    /// Pushes over a link of `rate` bytes/s and `rtt` for a second; says what was under way at the end, and the rate reached.
+    /// Pushes over a link of `rate` bytes/s and `rtt` for four seconds; of the last two it says what was under way at most, and the
+    /// rate reached.
     fn simulate(rate: f64, rtt: Duration) -> (u64, f64) {
         let start = Instant::now();
         let (mut credit, mut sent) = (Credit::default(), 0);
@@ -154,7 +150,7 @@ mod tests {
         let step = Duration::from_micros(50);
         let mut most = 0;
         let mut at_half = 0;
-        for tick in 0..40_000 {
+        for tick in 0..80_000 {
             let now = start + step * tick;
             while let Some(&(due, total)) = receipts.front()
                 && due <= now
@@ -170,23 +166,31 @@ mod tests {
                 link_free = link_free.max(now) + wire;
                 receipts.push_back((link_free + rtt, sent));
             }
-            if tick == 20_000 {
+            if tick == 40_000 {
                 at_half = sent;
-            } else if tick > 20_000 {
+            } else if tick > 40_000 {
                 most = most.max(credit.under_way());
             }
         }
-        (most, (sent - at_half) as f64)
+        (most, (sent - at_half) as f64 / 2.0)
     }
 
     #[test]
     fn a_link_is_kept_busy_with_little_more_than_it_holds() {
-        for (rate, rtt) in [(125e6, 20 * MS), (12.5e6, MS), (1e9, MS / 10), (12.5e6, 100 * MS)] {
+        for (rate, rtt) in [
+            (125e6, 20 * MS),
+            (12.5e6, MS),
+            (1e9, MS / 10),
+            (12.5e6, 100 * MS),
+        ] {
             let (under_way, reached) = simulate(rate, rtt);
             assert!(reached > 0.9 * rate, "{rate} {rtt:?}: reached {reached}");
             let holds = rate * rtt.as_secs_f64();
             let limit = (1.7 * holds).max(300.0 * 1024.0);
-            assert!((under_way as f64) < limit, "{rate} {rtt:?}: {under_way} under way");
+            assert!(
+                (under_way as f64) < limit,
+                "{rate} {rtt:?}: {under_way} under way"
+            );
         }
     }
 
@@ -198,7 +202,14 @@ mod tests {
         credit.received(400, MS, now).expect("possible");
         for claimed in [399, 1001, u64::MAX] {
             let error = credit.received(claimed, MS, now).expect_err("impossible");
-            assert_eq!(error, CreditError { claimed, had: 400, sent: 1000 });
+            assert_eq!(
+                error,
+                CreditError {
+                    claimed,
+                    had: 400,
+                    sent: 1000
+                }
+            );
         }
         credit.received(1000, MS, now).expect("all of it");
         assert_eq!(credit.under_way(), 0);

@@ -40,16 +40,22 @@ mod daemon;
 mod family;
 mod last_resort;
 mod pending;
+mod provision;
 mod service;
 mod standby;
 mod standby_link;
 mod supply;
+mod wanted;
+mod window;
 mod worker;
 
 pub use channel::ChannelError;
-pub use control::{FillSummary, PagerEvent, PagerHandle, PagerHandleError, TaskFill, TaskMemory};
+pub use control::{
+    FillSummary, OwedMemory, PagerEvent, PagerHandle, PagerHandleError, TaskFill, TaskMemory,
+};
 pub use daemon::PagerError;
 pub use family::FamilyError;
+pub use provision::{Adopted, AdoptedTask, STALL_RECORD, SUPPLY_SOCKET, adopt};
 pub use standby::{DEATH_RECORD, StandbyFailure};
 pub use standby_link::StandbyError;
 pub use supply::{Heard, SupplyLine, SupplyMessage};
