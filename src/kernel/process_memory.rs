@@ -454,7 +454,11 @@ mod tests {
         let expected: Vec<u8> = (1..=30).chain(36..=37).collect();
         assert_eq!(numbers, expected);
 
-        assert_eq!(frames_of(child.pid(), range), before, "the child got copies");
+        assert_eq!(
+            frames_of(child.pid(), range),
+            before,
+            "the child got copies"
+        );
         let ours = frames_of(std::process::id() as i32, range);
         let same = |page: &usize| ours[*page].is_some() && ours[*page] == before[*page];
         let shared: Vec<usize> = (0..40).filter(same).collect();
@@ -475,7 +479,12 @@ mod tests {
         let mut buffer = vec![0; 4 * 4096];
         memory.read_runs(&[range], &mut buffer).unwrap();
         let after = frames_of(child.pid(), range);
-        assert!(after.iter().zip(&before).all(|(after, before)| after != before));
+        assert!(
+            after
+                .iter()
+                .zip(&before)
+                .all(|(after, before)| after != before)
+        );
     }
 
     #[test]

@@ -526,7 +526,8 @@ fn windows(pages: &[PagesToSend]) -> Vec<PageRange> {
     let numbers: BTreeSet<u64> = ranges()
         .flat_map(|range| range.start().0 / WINDOW_PAGES..=(range.end().0 - 1) / WINDOW_PAGES)
         .collect();
-    let window = |number| PageRange::from_start_len(PageNumber(number * WINDOW_PAGES), WINDOW_PAGES);
+    let window =
+        |number| PageRange::from_start_len(PageNumber(number * WINDOW_PAGES), WINDOW_PAGES);
     numbers.into_iter().filter_map(window).collect()
 }
 
@@ -823,7 +824,7 @@ mod tests {
             (sent.data_pages, sent.zero_pages, sent.same_pages),
             (1500, 2, 1498)
         );
-        let mut target = BTreeMap::new();
+        let mut target: BTreeMap<(SpaceId, u64), Vec<u8>> = BTreeMap::new();
         for (space, page, kind, content) in kept.iter().flat_map(Kept::came) {
             let content = match kind {
                 // What is there by then counts, as at a target.
@@ -858,7 +859,15 @@ mod tests {
             kind: RunKind::Zero,
             ..same(first, 0)
         };
-        let runs = [zero(1), same(2, 7), zero(3), same(4, 8), same(6, 8), zero(8), same(9, 7)];
+        let runs = [
+            zero(1),
+            same(2, 7),
+            zero(3),
+            same(4, 8),
+            same(6, 8),
+            zero(8),
+            same(9, 7),
+        ];
         let lengths: Vec<usize> = in_frames(&runs).iter().map(|runs| runs.len()).collect();
         assert_eq!(lengths, [3, 3, 1]);
         let many: Vec<Run> = (0..600).map(|index| zero(2 * index)).collect();

@@ -87,7 +87,9 @@ pub enum PageStoreError {
         range: PageRange,
     },
     /// Pages were said to be another space's, which does not have them.
-    #[error("{range} of {space:?} is said to be what {origin:?} has there, and that is not all known")]
+    #[error(
+        "{range} of {space:?} is said to be what {origin:?} has there, and that is not all known"
+    )]
     NoOrigin {
         /// The space.
         space: SpaceId,

@@ -177,7 +177,9 @@ pub enum FrameError {
     #[error("a page frame calls more than {MAX_OWED} pages owed")]
     OwedCount,
     /// An origin without a run that needs one, or two of them, or the space itself.
-    #[error("a page frame of space {space} has the origin {origin}, which its runs cannot refer to")]
+    #[error(
+        "a page frame of space {space} has the origin {origin}, which its runs cannot refer to"
+    )]
     Origin {
         /// The frame's space.
         space: u32,
