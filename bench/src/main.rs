@@ -15,6 +15,7 @@ mod guests;
 mod measure;
 mod modes;
 mod predump;
+mod prefork;
 mod record;
 mod summary;
 mod tls_copy;
@@ -62,6 +63,8 @@ enum Command {
     Predump(predump::Options),
     /// Pre-copy, post-copy, both, the engine's choice, and CRIU's post-copy, on several links.
     Modes(modes::Options),
+    /// Memory that forked processes share, on the wire and at both ends.
+    Prefork(prefork::Options),
     /// Another benchmark, in a guest of each kernel of scripts/guest.
     InGuests(guests::Arguments),
     /// Part of the benchmark, started by it on a host.
@@ -103,6 +106,7 @@ fn main() -> ExitCode {
         Command::InGuests(arguments) => guests::run(&arguments),
         Command::Predump(options) => predump::run(&options),
         Command::Modes(options) => modes::run(&options),
+        Command::Prefork(options) => prefork::run(&options),
         Command::Part(part) => run_part(part).map(|()| true),
     };
     match outcome {

@@ -7,8 +7,7 @@
 //! ```
 //!
 //! Every figure of standing still, throughput and waiting for pages is the container's own; a line is verified only if the
-//! workload found everything right afterwards. Modes are asked of `migrate` only if it has the option; without it what it
-//! does is pre-copy, and the page says so.
+//! workload found everything right afterwards.
 
 mod curve;
 mod engine;
@@ -235,13 +234,6 @@ struct Outcome {
 
 /// Runs every cell with every mover. Returns whether every container arrived as it should be.
 pub fn run(options: &Options) -> Result<bool> {
-    let modes = engine::Modes::of_this_build()?;
-    let systems: Vec<System> = options
-        .systems
-        .iter()
-        .copied()
-        .filter(|&system| modes.has(system))
-        .collect();
     std::fs::create_dir_all(&options.results)
         .with_context(|| format!("creating {}", options.results.display()))?;
     let lines = options.results.join("modes.jsonl");
@@ -250,9 +242,9 @@ pub fn run(options: &Options) -> Result<bool> {
     let mut all_verified = true;
     for cell in cells(options)? {
         for run in 1..=options.runs {
-            for &system in &systems {
+            for &system in &options.systems {
                 let load_before = machine::load()?;
-                let outcome = measure(&cell, system, modes);
+                let outcome = measure(&cell, system);
                 let record = Record::new(&machine, &cell, system, run, load_before, outcome);
                 all_verified &= record.verified;
                 let line = serde_json::to_string(&record)?;
@@ -261,7 +253,7 @@ pub fn run(options: &Options) -> Result<bool> {
             }
         }
     }
-    let text = page::write(&lines, &machine, modes)?;
+    let text = page::write(&lines, &machine)?;
     let page = options.results.join("modes.md");
     std::fs::write(&page, &text).with_context(|| format!("writing {}", page.display()))?;
     println!("\n{text}");
@@ -322,7 +314,7 @@ fn unshaped_mb_s() -> Result<f64> {
 }
 
 /// One move between two fresh hosts.
-fn measure(cell: &Cell, system: System, modes: engine::Modes) -> Result<Outcome> {
+fn measure(cell: &Cell, system: System) -> Result<Outcome> {
     let (source, target) = (Host::new("a")?, Host::new("b")?);
     let link = Link::join(&source, &target)?;
     if let Some(mbit) = cell.speed.limit_mbit() {
@@ -349,7 +341,7 @@ fn measure(cell: &Cell, system: System, modes: engine::Modes) -> Result<Outcome>
         ours => {
             let agent = crate::engine::prepare(&site, &container)?;
             let (ordered, costs) = settled(&site)?;
-            let moved = engine::finish(&site, &container, &agent, modes.arguments(ours))?;
+            let moved = engine::finish(&site, &container, &agent, ours.name())?;
             (ordered, costs, moved)
         }
     };

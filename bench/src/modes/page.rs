@@ -6,13 +6,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use super::engine::Modes;
 use super::record::Record;
 use super::{Load, System};
 use crate::record::Machine;
 
 /// Reads the lines of a results file and writes the page, as Markdown.
-pub fn write(lines: &Path, machine: &Machine, modes: Modes) -> Result<String> {
+pub fn write(lines: &Path, machine: &Machine) -> Result<String> {
     let text =
         std::fs::read_to_string(lines).with_context(|| format!("reading {}", lines.display()))?;
     let records = text
@@ -21,7 +20,7 @@ pub fn write(lines: &Path, machine: &Machine, modes: Modes) -> Result<String> {
         .collect::<Result<Vec<Record>, _>>()
         .with_context(|| format!("in {}", lines.display()))?;
     let mut page = String::new();
-    head(&mut page, machine, modes)?;
+    head(&mut page, machine)?;
     let cells = grouped(&records);
     for cell in &cells {
         table(&mut page, cell)?;
@@ -31,7 +30,7 @@ pub fn write(lines: &Path, machine: &Machine, modes: Modes) -> Result<String> {
     Ok(page)
 }
 
-fn head(page: &mut String, machine: &Machine, modes: Modes) -> Result<()> {
+fn head(page: &mut String, machine: &Machine) -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     writeln!(
         page,
@@ -47,19 +46,14 @@ fn head(page: &mut String, machine: &Machine, modes: Modes) -> Result<()> {
         page,
         "Both hosts are on this machine, joined by a veth pair that tc-tbf holds to the link's rate both ways (bucket 10 ms of \
          the rate, queue 50 ms), MTU 1500. Memory is incompressible. Downtime is the longest time the container's own clock \
-         stood still; *reported* is migrate's, *expected* what it foretold at the decision to freeze. *Resumed*, *last page* \
-         and *total* (all over at the source) are seconds since the order. *Lost* is work the container did not do, in \
+         stood still; *reported* is migrate's, *predicted* what it foretold at the decision to freeze, of the downtime and of \
+         the total time. *Way* is what became of the pages then left: sent during the downtime (pre) or owed (post). \
+         *Resumed*, *last page* and *total* (all over at the source) are seconds since the order. *Lost* is work the container did not do, in \
          seconds of its pace before, whether it stood still, was slowed or waited for pages; *back* is when it was at nine \
          tenths of that pace again. *Waits* are pages the container itself waited for longer than 30 µs: how many, and the \
          median and 99th percentile of the wait. The picture is its pace, a tenth of a second a column, from half a second \
          before the order (│); full height is the pace before.\n"
     )?;
-    if !modes.are_selectable() {
-        writeln!(
-            page,
-            "This build of migrate has no `--mode`: only pre-copy, its only mode, was measured.\n"
-        )?;
-    }
     Ok(())
 }
 
@@ -94,27 +88,29 @@ fn table(page: &mut String, cell: &[&Record]) -> Result<()> {
     }
     writeln!(
         page,
-        "| system | runs | downtime ms | reported | expected | resumed s | last page s | total s | wire MB | rounds | waits | p50 / p99 ms | lost s | back s |\n\
-         |---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+        "| system | runs | way | downtime ms | reported | predicted | resumed s | last page s | total s | predicted | wire MB | rounds | waits | p50 / p99 ms | lost s | back s |\n\
+         |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
     )?;
     for (system, runs) in by_system(cell) {
         let figure =
             |digits, figure: &dyn Fn(&Record) -> Option<f64>| show(median(&runs, figure), digits);
         writeln!(
             page,
-            "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} / {} | {} | {} |",
+            "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} / {} | {} | {} |",
             system.name(),
             runs.iter().filter(|run| run.verified).count(),
+            ways(&runs),
             figure(0, &|r| r.downtime_ms),
             figure(0, &|r| r
                 .downtime_reported
                 .as_ref()?
                 .get("total_ms")
                 .copied()),
-            figure(0, &|r| r.downtime_expected_ms),
+            figure(0, &|r| r.predicted_ms("downtime_ms")),
             figure(2, &|r| r.resumed_s),
             figure(2, &|r| r.last_page_s),
             figure(2, &|r| r.total_s),
+            figure(2, &|r| Some(r.predicted_ms("total_ms")? / 1e3)),
             figure(1, &|r| r.wire_bytes.map(|bytes| bytes as f64 / 1e6)),
             figure(0, &|r| r.rounds.map(|rounds| rounds as f64)),
             figure(0, &|r| r.slow.map(|slow| slow.pages as f64)),
@@ -146,6 +142,19 @@ fn by_system<'r>(cell: &[&'r Record]) -> Vec<(System, Vec<&'r Record>)> {
         }
     }
     systems
+}
+
+/// What became of the pages left at the freeze, each way once.
+fn ways(runs: &[&Record]) -> String {
+    let mut ways: Vec<&str> = runs
+        .iter()
+        .filter_map(|run| run.switch.as_deref()?.strip_suffix("-copy"))
+        .collect();
+    ways.dedup();
+    match ways.is_empty() {
+        true => "–".to_string(),
+        false => ways.join(", "),
+    }
 }
 
 /// The pace, a tenth of a second a column; a long move is cut off.

@@ -29,8 +29,10 @@ pub struct Record {
     pub downtime_ms: Option<f64>,
     /// What migrate reports of the same, `total_ms` and its parts.
     pub downtime_reported: Option<Downtime>,
-    /// What migrate expected of the same when it decided to freeze.
-    pub downtime_expected_ms: Option<f64>,
+    /// What migrate predicted when it decided to freeze, `downtime_ms`, `total_ms` and `last_page_ms` (after the release).
+    pub predicted: Option<Value>,
+    /// What became of the pages still to be sent then: `pre-copy` or `post-copy`.
+    pub switch: Option<String>,
     /// The container ran at the target.
     pub resumed_s: Option<f64>,
     /// The last page was at the target.
@@ -91,7 +93,8 @@ impl Record {
             run,
             downtime_ms: None,
             downtime_reported: None,
-            downtime_expected_ms: None,
+            predicted: None,
+            switch: None,
             resumed_s: None,
             last_page_s: None,
             total_s: None,
@@ -156,17 +159,22 @@ impl Record {
         let rounds = report["rounds"].as_array();
         self.rounds = rounds.map(Vec::len);
         self.rounds_ended = Some(report["rounds_ended"].clone()).filter(|why| !why.is_null());
-        self.downtime_expected_ms = rounds
-            .and_then(|rounds| rounds.last())
-            .and_then(|last| last["expected_downtime_ms"].as_f64());
+        self.predicted = Some(report["predicted"].clone()).filter(|known| !known.is_null());
+        self.switch = report["switch"].as_str().map(str::to_string);
         self.downtime_reported = serde_json::from_value(report["downtime"].clone()).ok();
-        // In pre-copy the target fills in pages it already has: they have all crossed when the container resumes.
-        let filled = report["fill_after_release_ms"].as_f64();
+        // In pre-copy the target fills in pages it already has; what is owed arrives from the source.
+        let arrived = report["post_copy"]["last_page_ms"].as_f64();
+        let filled = arrived.or(report["fill_after_release_ms"].as_f64());
         self.last_page_s = match (self.resumed_s, filled) {
             (Some(resumed), Some(filled)) => Some(resumed + filled / 1e3),
             _ => None,
         };
         self.report = Some(report);
+    }
+
+    /// A predicted time, in milliseconds.
+    pub fn predicted_ms(&self, name: &str) -> Option<f64> {
+        self.predicted.as_ref()?[name].as_f64()
     }
 
     /// The whole as one line for the terminal.

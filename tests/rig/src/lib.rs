@@ -42,5 +42,5 @@ pub use link::{Link, WireBytes};
 pub use rootfs::Rootfs;
 pub use running::Running;
 pub use snapshot::Snapshot;
-pub use usage::{PeakMemory, cpu_seconds};
+pub use usage::{ContainerMemory, PeakMemory, cpu_seconds};
 pub use workload::{Verified, Workload};
