@@ -726,7 +726,10 @@ mod tests {
         let frames: u64 = sender.frames().iter().sum();
         let bytes = sender.owe(&[(SPACE, owed.clone())]).expect("said");
         let frames = sender.frames().iter().sum::<u64>() - frames;
-        assert!(frames <= 3 && bytes < 3 * 1024, "{frames} frames, {bytes} bytes");
+        assert!(
+            frames <= 3 && bytes < 3 * 1024,
+            "{frames} frames, {bytes} bytes"
+        );
         let mut said = PageSet::new();
         for (stream, kept) in kept.iter().enumerate() {
             for (page, content) in kept.pages() {

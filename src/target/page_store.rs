@@ -754,7 +754,10 @@ mod tests {
         punch(store.memfd(SPACE).expect("a memfd"), range(3, 1)).expect("punched");
         let came = store.place(SPACE, &[data(2, 3)], &filled(5, 3));
         assert_eq!(came.expect("placed"), [range(2, 1)]);
-        assert_eq!([2, 3, 4, 5].map(|page| first_byte(&store, page)), [5, 0, 4, 0]);
+        assert_eq!(
+            [2, 3, 4, 5].map(|page| first_byte(&store, page)),
+            [5, 0, 4, 0]
+        );
         assert_eq!(store.owed(SPACE), PageSet::from_iter([range(6, 4)]));
         for refused in [data(1, 1), data(9, 2), owed(6, 1)] {
             let bytes = match refused.content {

@@ -44,7 +44,7 @@ pub use fingerprint::{Fingerprint, FingerprintError};
 pub use identity::{Identity, IdentityError};
 pub use link::LinkSample;
 pub use pages::{PageInbox, PageQueue, PageReceiver, PageSender};
-pub use requests::{RequestReceiver, RequestSender};
 pub use quinn::{RecvStream, SendStream};
+pub use requests::{RequestReceiver, RequestSender};
 pub use thread::TransportThread;
 pub use trust::{PeerName, TrustError, TrustStore, Trusted, TrustedPeer};

@@ -171,12 +171,18 @@ mod tests {
         };
         assert_eq!(
             want.encode(),
-            [1, 0, 0, 0, 2, 1, 0, 0, 6, 5, 4, 3, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+            [
+                1, 0, 0, 0, 2, 1, 0, 0, 6, 5, 4, 3, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0
+            ]
         );
-        let received = PageRequest::Received { bytes: 0x0807_0605_0403_0201 };
+        let received = PageRequest::Received {
+            bytes: 0x0807_0605_0403_0201,
+        };
         assert_eq!(
             received.encode(),
-            [2, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0]
+            [
+                2, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0
+            ]
         );
         let missing = PageRequest::Missing {
             space: SpaceId(7),
@@ -184,7 +190,9 @@ mod tests {
         };
         assert_eq!(
             missing.encode(),
-            [3, 0, 0, 0, 7, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]
+            [
+                3, 0, 0, 0, 7, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0
+            ]
         );
         for (kind, record) in [(4, PageRequest::MissingEnd), (5, PageRequest::Complete)] {
             let mut bytes = [0; RECORD_LEN];
@@ -210,10 +218,16 @@ mod tests {
         }
         for kind in [WANT, MISSING] {
             for (first, pages) in [(1, 0), (limit, 1), (limit - 1, 2), (u64::MAX, u64::MAX)] {
-                assert_eq!(lie(kind, 1, first, pages), PageRequestError::Pages { first, pages });
+                assert_eq!(
+                    lie(kind, 1, first, pages),
+                    PageRequestError::Pages { first, pages }
+                );
             }
         }
-        let long = PageRequestError::Pages { first: 0, pages: MAX_PAGES + 1 };
+        let long = PageRequestError::Pages {
+            first: 0,
+            pages: MAX_PAGES + 1,
+        };
         assert_eq!(lie(WANT, 1, 0, MAX_PAGES + 1), long);
         for (kind, space, first, pages) in [
             (RECEIVED, 1, 9, 0),
@@ -222,7 +236,10 @@ mod tests {
             (MISSING_END, 0, 1, 0),
             (COMPLETE, 0, 0, 1),
         ] {
-            assert_eq!(lie(kind, space, first, pages), PageRequestError::Unused(kind));
+            assert_eq!(
+                lie(kind, space, first, pages),
+                PageRequestError::Unused(kind)
+            );
         }
     }
 

@@ -160,7 +160,10 @@ impl Books {
         let owed = owing(&mut self.spaces, space, wanted)?;
         let first = PageRange::from_start_len(wanted.start(), 1).expect("a page of a range");
         let mut ranges = owed.left.intersecting(wanted);
-        if ranges.first().is_none_or(|run| run.start() != first.start()) {
+        if ranges
+            .first()
+            .is_none_or(|run| run.start() != first.start())
+        {
             ranges.insert(0, first);
         }
         cut(&mut ranges, ANSWER_PAGES);
@@ -188,7 +191,10 @@ impl Books {
             Some(found) => found,
             // Around: what lies before the place that the push was drawn to.
             None => {
-                let found = self.spaces.iter_mut().find(|(_, owed)| !owed.left.is_empty());
+                let found = self
+                    .spaces
+                    .iter_mut()
+                    .find(|(_, owed)| !owed.left.is_empty());
                 let (&space, owed) = found?;
                 (space, owed, PageNumber(0))
             }
@@ -282,7 +288,11 @@ mod tests {
     /// Space 1 owes 100..200 and 300..310, space 2 owes 50..60; the target has listed them all.
     fn books() -> Books {
         let mut books = unlisted();
-        for (space, pages) in [(ONE, range(100, 100)), (ONE, range(300, 10)), (TWO, range(50, 10))] {
+        for (space, pages) in [
+            (ONE, range(100, 100)),
+            (ONE, range(300, 10)),
+            (TWO, range(50, 10)),
+        ] {
             books.missing(space, pages).expect("listed");
         }
         books.end_list().expect("the end");

@@ -33,9 +33,7 @@ pub fn allowance(rtt: Duration, rate: Option<f64>) -> u64 {
     };
     let product = 1.5 * rate * rtt.as_secs_f64();
     let floor = (rate * ALWAYS.as_secs_f64()) as u64;
-    (product as u64)
-        .max(floor.clamp(LEAST, UNKNOWN))
-        .min(MOST)
+    (product as u64).max(floor.clamp(LEAST, UNKNOWN)).min(MOST)
 }
 
 /// The push's account with the target, on one connection.
@@ -51,7 +49,9 @@ pub struct Credit {
 
 /// The target claims to have bytes that were not sent, or fewer than before.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("the target says it has {claimed} bytes of pushed pages, between {had} and {sent} are possible")]
+#[error(
+    "the target says it has {claimed} bytes of pushed pages, between {had} and {sent} are possible"
+)]
 pub struct CreditError {
     claimed: u64,
     had: u64,
@@ -69,12 +69,7 @@ impl Credit {
     }
 
     /// The target has `total` bytes now, and a round trip takes `rtt`.
-    pub fn received(
-        &mut self,
-        total: u64,
-        rtt: Duration,
-        now: Instant,
-    ) -> Result<(), CreditError> {
+    pub fn received(&mut self, total: u64, rtt: Duration, now: Instant) -> Result<(), CreditError> {
         if !(self.received..=self.sent).contains(&total) {
             return Err(CreditError {
                 claimed: total,
@@ -182,12 +177,20 @@ mod tests {
 
     #[test]
     fn a_link_is_kept_busy_with_little_more_than_it_holds() {
-        for (rate, rtt) in [(125e6, 20 * MS), (12.5e6, MS), (1e9, MS / 10), (12.5e6, 100 * MS)] {
+        for (rate, rtt) in [
+            (125e6, 20 * MS),
+            (12.5e6, MS),
+            (1e9, MS / 10),
+            (12.5e6, 100 * MS),
+        ] {
             let (under_way, reached) = simulate(rate, rtt);
             assert!(reached > 0.9 * rate, "{rate} {rtt:?}: reached {reached}");
             let holds = rate * rtt.as_secs_f64();
             let limit = (1.7 * holds).max(300.0 * 1024.0);
-            assert!((under_way as f64) < limit, "{rate} {rtt:?}: {under_way} under way");
+            assert!(
+                (under_way as f64) < limit,
+                "{rate} {rtt:?}: {under_way} under way"
+            );
         }
     }
 
@@ -199,7 +202,14 @@ mod tests {
         credit.received(400, MS, now).expect("possible");
         for claimed in [399, 1001, u64::MAX] {
             let error = credit.received(claimed, MS, now).expect_err("impossible");
-            assert_eq!(error, CreditError { claimed, had: 400, sent: 1000 });
+            assert_eq!(
+                error,
+                CreditError {
+                    claimed,
+                    had: 400,
+                    sent: 1000
+                }
+            );
         }
         credit.received(1000, MS, now).expect("all of it");
         assert_eq!(credit.under_way(), 0);

@@ -77,13 +77,28 @@ mod tests {
 
     #[test]
     fn a_latency_falls_below_the_end_of_its_bucket() {
-        let cases = [(0, 0), (1, 1), (2, 2), (3, 2), (4, 3), (1000, 10), (60_000_000, BUCKETS - 1)];
+        let cases = [
+            (0, 0),
+            (1, 1),
+            (2, 2),
+            (3, 2),
+            (4, 3),
+            (1000, 10),
+            (60_000_000, BUCKETS - 1),
+        ];
         for (micros, expected) in cases {
-            assert_eq!(bucket(Duration::from_micros(micros)), expected, "{micros} µs");
+            assert_eq!(
+                bucket(Duration::from_micros(micros)),
+                expected,
+                "{micros} µs"
+            );
         }
         let progress = ServeProgress::default();
         progress.answered(4, 16_500, Duration::from_micros(3));
         let served = progress.now();
-        assert_eq!((served.faults, served.answered_pages, served.latency[2]), (1, 4, 1));
+        assert_eq!(
+            (served.faults, served.answered_pages, served.latency[2]),
+            (1, 4, 1)
+        );
     }
 }
