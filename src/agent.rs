@@ -13,14 +13,14 @@ use crate::migration::MigrationId;
 use crate::migration::event::Side;
 use crate::runtime::runc::Runc;
 use crate::source::settle as source;
-use crate::target::arrival::{Arrival, Host, Signal};
+use crate::target::arrival::{Arrival, Host, Resumption, Signal};
 use crate::target::{preflight, settle};
 use crate::transport::{
-    Connection, Control, ControlSender, Identity, IdentityError, Listener, Settings,
-    TransportError, TransportThread, TrustStore,
+    Connection, Control, ControlReceiver, ControlSender, Identity, IdentityError, Listener,
+    Settings, TransportError, TransportThread, TrustStore,
 };
 use crate::wire::message::{
-    Accepted, Begin, Fate, Message, Outcome, Query, Refusal, Refused, RolledBack,
+    Accepted, Begin, Fate, Message, Outcome, Query, Refusal, Refused, Resume, RolledBack,
 };
 use crate::wire::peer_error::PeerError;
 use std::collections::HashMap;
@@ -207,6 +207,21 @@ struct Agent {
     draining: AtomicBool,
 }
 
+/// Sends on what a source says on its connection number `link`, the end of it included.
+async fn listen(mut receiver: ControlReceiver, signal: Sender<Signal>, link: u32) {
+    loop {
+        let said = match receiver.receive().await {
+            Ok(Some(message)) => Ok(message),
+            Ok(None) => Err(TransportError::StreamEnded),
+            Err(error) => Err(error),
+        };
+        let is_last = said.is_err();
+        if signal.send(Signal::Heard { link, said }).is_err() || is_last {
+            return;
+        }
+    }
+}
+
 struct UnderWay {
     container: String,
     peer: String,
@@ -223,6 +238,18 @@ impl Agent {
                 self.begin(begin, connection, sender, receiver, runtime)
             }
             Ok(Ok(Some(Message::Query(query)))) => self.query(query, connection, sender, runtime),
+            Ok(Ok(Some(Message::Resume(resume)))) => {
+                match self.resume(resume, connection, sender, receiver, runtime) {
+                    // The arrival has it now.
+                    None => return,
+                    Some((fate, mut sender)) => {
+                        let answer = self.outcome(fate);
+                        if let Err(error) = runtime.block_on(sender.send(answer)) {
+                            tracing::debug!(%error, "the source does not hear");
+                        }
+                    }
+                }
+            }
             Ok(Ok(Some(other))) => {
                 tracing::warn!(
                     message = other.name(),
@@ -249,13 +276,16 @@ impl Agent {
         begin: Begin,
         connection: &Connection,
         mut sender: ControlSender,
-        mut receiver: crate::transport::ControlReceiver,
+        receiver: ControlReceiver,
         runtime: &Handle,
     ) {
         let (signal, signals) = mpsc::channel();
         let refusals = self.admit(&begin, connection, &signal);
         let answer: Message = if refusals.is_empty() {
-            Accepted {}.into()
+            Accepted {
+                lazy: self.host.lazy,
+            }
+            .into()
         } else {
             Refused { refusals }.into()
         };
@@ -282,19 +312,7 @@ impl Agent {
         match arrival {
             Ok(mut arrival) => {
                 arrival.say(answer);
-                runtime.spawn(async move {
-                    loop {
-                        let said = match receiver.receive().await {
-                            Ok(Some(message)) => Ok(message),
-                            Ok(None) => Err(TransportError::StreamEnded),
-                            Err(error) => Err(error),
-                        };
-                        let is_last = said.is_err();
-                        if signal.send(Signal::Heard(said)).is_err() || is_last {
-                            return;
-                        }
-                    }
-                });
+                runtime.spawn(listen(receiver, signal, 0));
                 let end = arrival.run();
                 tracing::info!(container = %begin.container, ?end, "the migration is over");
             }
@@ -375,16 +393,67 @@ impl Agent {
                     .flatten();
                 Some(answered.unwrap_or(Fate::InProgress))
             }
-            None => match settle::fate(&self.journals, query.migration, &peer) {
-                Ok(fate) => fate,
-                Err(error) => {
-                    tracing::error!(migration = %query.migration, %error, "cannot say what became of it");
-                    Some(Fate::InProgress)
-                }
-            },
+            None => self.fate_on_record(query.migration, &peer),
         };
         tracing::info!(migration = %query.migration, from = %connection.peer().name, ?fate, "asked what became of it");
-        let answer: Message = match fate {
+        if let Err(error) = runtime.block_on(sender.send(self.outcome(fate))) {
+            tracing::debug!(%error, "the source does not hear");
+        }
+    }
+
+    /// Gives a connection on which a source wants to go on to the arrival it belongs to. If there is none that goes on,
+    /// gives back what to say.
+    fn resume(
+        &self,
+        resume: Resume,
+        connection: &Connection,
+        control: ControlSender,
+        receiver: ControlReceiver,
+        runtime: &Handle,
+    ) -> Option<(Option<Fate>, ControlSender)> {
+        let peer = connection.peer().fingerprint.to_string();
+        let running = self
+            .arrivals()
+            .get(&resume.migration)
+            .map(|arrival| (arrival.peer == peer, arrival.signal.clone()));
+        tracing::info!(migration = %resume.migration, from = %connection.peer().name, "a source wants to go on");
+        match running {
+            Some((false, _)) => Some((None, control)),
+            Some((true, signal)) => {
+                let (runtime, heard) = (runtime.clone(), signal.clone());
+                let resumption = Resumption {
+                    connection: connection.clone(),
+                    control,
+                    listen: Box::new(move |link| {
+                        runtime.spawn(listen(receiver, heard, link));
+                    }),
+                };
+                match signal.send(Signal::Resume(resumption)) {
+                    Ok(()) => None,
+                    // Over in this moment: the journal has the rest.
+                    Err(mpsc::SendError(Signal::Resume(resumption))) => {
+                        Some((Some(Fate::InProgress), resumption.control))
+                    }
+                    Err(_) => None,
+                }
+            }
+            None => Some((self.fate_on_record(resume.migration, &peer), control)),
+        }
+    }
+
+    /// What the journal says; `None` if the asker is not the one the migration came from.
+    fn fate_on_record(&self, migration: MigrationId, peer: &str) -> Option<Fate> {
+        match settle::fate(&self.journals, migration, peer) {
+            Ok(fate) => fate,
+            Err(error) => {
+                tracing::error!(%migration, %error, "cannot say what became of it");
+                Some(Fate::InProgress)
+            }
+        }
+    }
+
+    fn outcome(&self, fate: Option<Fate>) -> Message {
+        match fate {
             Some(fate) => Outcome {
                 journal: self.journals.id(),
                 fate,
@@ -395,9 +464,6 @@ impl Agent {
                 text: "it is another source's".into(),
             }
             .into(),
-        };
-        if let Err(error) = runtime.block_on(sender.send(answer)) {
-            tracing::debug!(%error, "the source does not hear");
         }
     }
 

@@ -1,6 +1,7 @@
 //! The engine as a library: what the command line uses, and all it uses.
 
 use crate::migration::event::{Event, TimedEvent};
+use crate::migration::mode::Mode;
 use crate::migration::report::Report;
 use crate::migration::{ContainerId, PeerAddress};
 use crate::source::plan::Plan;
@@ -78,6 +79,12 @@ impl Migration {
         self
     }
 
+    /// How memory gets to the target; by default decided while running.
+    pub fn mode(mut self, mode: Mode) -> Self {
+        self.plan.mode = mode;
+        self
+    }
+
     /// How dirty pages are found; by default the first way that works on this kernel.
     pub fn tracker(mut self, tracker: TrackerKind) -> Self {
         self.plan.tracker = Some(tracker);
@@ -112,6 +119,20 @@ impl Migration {
     /// How long the migration may take before it is given up, an hour by default.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.plan.timeout = timeout;
+        self
+    }
+
+    /// How long a lost link is waited for while the container runs at the target with pages missing, five minutes by
+    /// default. Then the copy there is stopped and kept.
+    pub fn reconnect_timeout(mut self, timeout: Duration) -> Self {
+        self.plan.reconnect_timeout = timeout;
+        self
+    }
+
+    /// Slows the container by its CPU quota when rounds do not converge; in pre-copy and auto. It has its full quota back
+    /// whatever the outcome.
+    pub fn auto_converge(mut self, auto_converge: bool) -> Self {
+        self.plan.auto_converge = auto_converge;
         self
     }
 

@@ -7,7 +7,8 @@ use crate::source::settle::{self as source, Settled};
 use crate::target::settle as target;
 use crate::wire::message::Fate;
 use std::path::Path;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// How long a target is asked for the outcome of one migration.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -34,6 +35,8 @@ pub enum End {
     Running,
     /// The target has not said; the container stays frozen at the source.
     Unknown(String),
+    /// The container lives at the target and lacks pages that are kept at the source.
+    Incomplete(String),
     /// Something stands in the way.
     Stuck(String),
 }
@@ -57,6 +60,35 @@ pub fn recover(state_dir: &Path) -> Result<Vec<Finding>, JournalError> {
     Ok(findings)
 }
 
+/// How long another process that serves may take to let go of its journal.
+const LOCK_PATIENCE: Duration = Duration::from_secs(15);
+
+/// Serves every container that moved away from here and lacks pages, until it has them or its target is looked for in vain.
+pub fn resume(state_dir: &Path) -> Result<Vec<Finding>, JournalError> {
+    let mut findings = Vec::new();
+    for name in JournalDir::open(state_dir)?.list()? {
+        if name.side == Side::Target || !source::is_serving(state_dir, name.migration) {
+            continue;
+        }
+        let deadline = Instant::now() + LOCK_PATIENCE;
+        let end = loop {
+            match source_end(state_dir, name.migration) {
+                // The guard tries now and then, and lets go in between.
+                Some(End::Running) if Instant::now() < deadline => {
+                    thread::sleep(Duration::from_millis(20));
+                }
+                end => break end,
+            }
+        };
+        findings.extend(end.map(|end| Finding {
+            migration: name.migration,
+            side: name.side,
+            end,
+        }));
+    }
+    Ok(findings)
+}
+
 fn source_end(state_dir: &Path, migration: MigrationId) -> Option<End> {
     Some(match source::settle(state_dir, migration, PATIENCE) {
         Ok(None) => End::Running,
@@ -64,6 +96,7 @@ fn source_end(state_dir: &Path, migration: MigrationId) -> Option<End> {
         Ok(Some(Settled::Committed)) => End::Moved,
         Ok(Some(Settled::RolledBack)) => End::RolledBack,
         Ok(Some(Settled::Unknown { reason })) => End::Unknown(reason),
+        Ok(Some(Settled::Incomplete { reason, .. })) => End::Incomplete(reason),
         Err(error) => End::Stuck(error.to_string()),
     })
 }

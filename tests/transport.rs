@@ -112,9 +112,9 @@ async fn hosts_that_trust_each_other_talk() {
     ask.send(Commit {}).await.expect("sent");
     let said = answer.receive().await.expect("received");
     assert_eq!(said, Some(Message::Commit(Commit {})));
-    answer.send(Accepted {}).await.expect("sent");
+    answer.send(Accepted { lazy: false }).await.expect("sent");
     let said = ask.receive().await.expect("received");
-    assert_eq!(said, Some(Message::Accepted(Accepted {})));
+    assert_eq!(said, Some(Message::Accepted(Accepted { lazy: false })));
 
     ask.sender.finish().expect("finished once");
     assert_eq!(answer.receive().await.expect("a clean end"), None);

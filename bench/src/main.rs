@@ -13,7 +13,9 @@ mod checkpoint;
 mod engine;
 mod guests;
 mod measure;
+mod modes;
 mod predump;
+mod prefork;
 mod record;
 mod summary;
 mod tls_copy;
@@ -59,6 +61,10 @@ enum Command {
     Trackers(trackers::Arguments),
     /// Against CRIU's own pre-copy, which only a kernel with soft-dirty bits has.
     Predump(predump::Options),
+    /// Pre-copy, post-copy, both, the engine's choice, and CRIU's post-copy, on several links.
+    Modes(modes::Options),
+    /// Memory that forked processes share, on the wire and at both ends.
+    Prefork(prefork::Options),
     /// Another benchmark, in a guest of each kernel of scripts/guest.
     InGuests(guests::Arguments),
     /// Part of the benchmark, started by it on a host.
@@ -99,6 +105,8 @@ fn main() -> ExitCode {
         Command::Trackers(arguments) => trackers::run(&arguments),
         Command::InGuests(arguments) => guests::run(&arguments),
         Command::Predump(options) => predump::run(&options),
+        Command::Modes(options) => modes::run(&options),
+        Command::Prefork(options) => prefork::run(&options),
         Command::Part(part) => run_part(part).map(|()| true),
     };
     match outcome {

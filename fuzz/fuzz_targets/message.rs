@@ -85,6 +85,8 @@ fn messages() -> Vec<Message> {
                 size: 17,
             }],
             frames_per_stream: vec![3, 4],
+            owed_pages: 0,
+            reconnect_s: 0,
         }
         .into(),
         Commit {}.into(),
@@ -94,7 +96,7 @@ fn messages() -> Vec<Message> {
         }
         .into(),
         Query { migration }.into(),
-        Accepted {}.into(),
+        Accepted { lazy: true }.into(),
         Refused {
             refusals: vec![Refusal {
                 code: PeerError::MemoryShort,

@@ -6,8 +6,8 @@ use libfuzzer_sys::fuzz_target;
 use migrate::memory::{PAGE_SIZE, PageNumber, PageRange, SpaceId};
 use migrate::wire::codec::Codec;
 use migrate::wire::page_frame::{
-    Frame, FrameEncoder, HEADER_LEN, Header, MAX_OWED, MAX_PAGES, MAX_RAW, MAX_REST, MAX_RUNS, Run, RunKind,
-    Scratch,
+    Frame, FrameEncoder, HEADER_LEN, Header, MAX_OWED, MAX_PAGES, MAX_RAW, MAX_REST, MAX_RUNS, Run,
+    RunKind, Scratch,
 };
 use migrate_fuzz::write_seeds;
 

@@ -12,6 +12,7 @@ use super::plan::{
 };
 use super::quantity::{self, Bandwidth, QuantityError};
 use crate::migration::convergence::Limits;
+use crate::migration::mode::Mode;
 use crate::migration::report::Tracker;
 use crate::migration::{ContainerId, PeerAddress};
 use crate::transport::{Fingerprint, PeerName};
@@ -35,6 +36,10 @@ pub fn parse<I: IntoIterator<Item: Into<OsString> + Clone>>(arguments: I) -> Res
     let typed = Typed::try_parse_from(arguments).map_err(|error| stop(&error))?;
     match (typed.command, typed.migration) {
         (Some(command), _) => Ok(command.into()),
+        (None, Some(migration)) if migration.slows_in_vain() => Err(Stop::Wrong(format!(
+            "--auto-converge does nothing with --mode {}: use it with pre-copy or auto",
+            migration.mode
+        ))),
         (None, Some(migration)) => Ok(Plan::Move(migration.into())),
         (None, None) => Err(Stop::Wrong(
             "say what to move: migrate --to HOST:PORT CONTAINER (migrate --help lists everything)"
@@ -68,7 +73,8 @@ fn stop(error: &clap::Error) -> Stop {
     subcommand_negates_reqs = true,
     disable_help_subcommand = true,
     after_help = "Exit codes: 0 moved (or done), 1 internal error, 2 usage, 3 refused by preflight (nothing touched),\n\
-                  4 rolled back (the container goes on here), 5 unknown (the container is frozen here; migrate recover finds out)."
+                  4 rolled back (the container goes on here), 5 unknown (the container is frozen here; migrate recover finds out),\n\
+                  6 incomplete (it lives at the target and lacks pages that are kept here; migrate resume goes on)."
 )]
 struct Typed {
     #[command(subcommand)]
@@ -84,6 +90,9 @@ struct Migration {
     to: PeerAddress,
     /// The container to move
     container: ContainerId,
+    /// How to move memory: pre-copy, post-copy, hybrid or auto
+    #[arg(long, value_name = "MODE", default_value_t)]
+    mode: Mode,
     /// How to find the pages the container writes
     #[arg(long, value_enum, default_value = "auto")]
     tracker: TrackerChoice,
@@ -102,6 +111,12 @@ struct Migration {
     /// How long the whole migration may take: seconds, or 10m, 2h
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = timeout)]
     timeout: Duration,
+    /// How long post-copy waits for a lost link: seconds, or 10m
+    #[arg(long, value_name = "TIME", default_value = "300", value_parser = reconnect_timeout)]
+    reconnect_timeout: Duration,
+    /// Slow the container by its CPU quota while rounds do not converge (pre-copy and auto)
+    #[arg(long)]
+    auto_converge: bool,
     /// Look at both ends whether it would work; touch nothing
     #[arg(long)]
     dry_run: bool,
@@ -170,6 +185,11 @@ enum Command {
         #[command(flatten)]
         state: StateDir,
     },
+    /// Go on sending pages to containers that moved away in post-copy and whose link broke
+    Resume {
+        #[command(flatten)]
+        state: StateDir,
+    },
     /// What CRIU's action script runs
     #[command(hide = true)]
     Hook {
@@ -234,6 +254,17 @@ enum RootfsChoice {
     Shared,
 }
 
+fn reconnect_timeout(text: &str) -> Result<Duration, String> {
+    quantity::time(text).map_err(|_| "write seconds, or 90s, 10m, 2h".to_owned())
+}
+
+impl Migration {
+    /// Whether it asks to slow a container whose rounds nobody waits for.
+    fn slows_in_vain(&self) -> bool {
+        self.auto_converge && matches!(self.mode, Mode::PostCopy | Mode::Hybrid)
+    }
+}
+
 fn timeout(text: &str) -> Result<Duration, String> {
     match quantity::time(text) {
         Ok(time) if time >= Duration::from_secs(1) => Ok(time),
@@ -248,6 +279,7 @@ impl From<Migration> for MovePlan {
         MovePlan {
             container: typed.container,
             to: typed.to,
+            mode: typed.mode,
             tracker: match typed.tracker {
                 TrackerChoice::Auto => None,
                 TrackerChoice::SoftDirty => Some(Tracker::SoftDirty),
@@ -258,6 +290,8 @@ impl From<Migration> for MovePlan {
                 max_rounds: typed.max_rounds,
                 timeout: typed.timeout,
             },
+            reconnect_timeout: typed.reconnect_timeout,
+            auto_converge: typed.auto_converge,
             bandwidth: typed.bandwidth_limit,
             compression: typed.compress,
             dry_run: typed.dry_run,
@@ -318,6 +352,9 @@ impl From<Command> for Plan {
             Command::Recover { state } => Plan::Recover {
                 state_dir: state.state_dir,
             },
+            Command::Resume { state } => Plan::Resume {
+                state_dir: state.state_dir,
+            },
             Command::Hook { directory, journal } => Plan::Hook(HookPlan { directory, journal }),
             Command::Pager(passed) => Plan::Pager(passed.arguments),
             Command::Guard(passed) => Plan::Guard(passed.arguments),
@@ -369,15 +406,34 @@ mod tests {
         assert_eq!(plan.rootfs, RootfsMode::Copied);
         assert_eq!(plan.state_dir, PathBuf::from("/var/lib/migrate"));
         assert_eq!(plan.runtime_root, PathBuf::from("/run/runc"));
-        assert!(!plan.dry_run && !plan.json);
+        assert!(!plan.dry_run && !plan.json && !plan.auto_converge);
+        assert_eq!(plan.mode, Mode::Auto);
+        assert_eq!(plan.reconnect_timeout, Duration::from_secs(300));
+    }
+
+    #[test]
+    fn a_container_is_only_slowed_where_that_can_help() {
+        for mode in ["pre-copy", "auto"] {
+            assert!(moved(&format!("--to h:1 web --auto-converge --mode {mode}")).auto_converge);
+        }
+        for mode in ["post-copy", "hybrid"] {
+            let said = wrong(&format!("--to h:1 web --auto-converge --mode {mode}"));
+            assert!(
+                said.contains(mode) && said.contains("auto-converge"),
+                "{said}"
+            );
+        }
+        assert!(wrong("--to h:1 web --mode precopy").contains("hybrid"));
     }
 
     #[test]
     fn every_option_reaches_the_plan() {
         let plan = moved(
             "--to [::1]:7 web --tracker soft-dirty --max-rounds 4 --downtime-limit 80 --bandwidth-limit 1Gbit \
-             --compress lz4 --timeout 10m --dry-run --runtime-root /r --rootfs shared --state-dir /s --json --report f",
+             --mode hybrid --reconnect-timeout 7 --compress lz4 --timeout 10m --dry-run --runtime-root /r --rootfs shared --state-dir /s --json --report f",
         );
+        assert_eq!(plan.mode, Mode::Hybrid);
+        assert_eq!(plan.reconnect_timeout, Duration::from_secs(7));
         assert_eq!(plan.tracker, Some(Tracker::SoftDirty));
         let expected = Limits {
             downtime: Duration::from_millis(80),
@@ -406,6 +462,12 @@ mod tests {
             plan("recover"),
             Ok(Plan::Recover {
                 state_dir: "/var/lib/migrate".into()
+            })
+        );
+        assert_eq!(
+            plan("resume --state-dir /s"),
+            Ok(Plan::Resume {
+                state_dir: "/s".into()
             })
         );
     }

@@ -8,7 +8,7 @@ use crate::api::{Canceller, Migration, MigrationError};
 use crate::migration::MigrationId;
 use crate::migration::event::Side;
 use crate::migration::report::{Outcome, Report, Tracker};
-use crate::recover::{End, recover};
+use crate::recover::{End, Finding, recover, resume};
 use crate::source::guard;
 use crate::source::tracker::TrackerKind;
 use crate::target::stdio;
@@ -79,6 +79,12 @@ fn finish(plan: &MovePlan, report: &Report) -> anyhow::Result<()> {
             report.container,
             plan.state_dir.display()
         ),
+        Outcome::Incomplete { reason } => format!(
+            "{} lives at {} and lacks pages that are kept frozen here: {reason}; go on with: migrate resume --state-dir {}",
+            report.container,
+            report.target,
+            plan.state_dir.display()
+        ),
     };
     eprintln!("migrate: {complaint}");
     Ok(())
@@ -91,6 +97,9 @@ fn migration(plan: &MovePlan) -> Migration {
         .max_rounds(plan.limits.max_rounds)
         .downtime_limit(plan.limits.downtime)
         .timeout(plan.limits.timeout)
+        .mode(plan.mode)
+        .reconnect_timeout(plan.reconnect_timeout)
+        .auto_converge(plan.auto_converge)
         .compression(plan.compression)
         .dry_run(plan.dry_run)
         .rootfs(plan.rootfs);
@@ -134,11 +143,25 @@ pub fn run_agent(plan: &AgentPlan) -> anyhow::Result<ExitCode> {
 /// `migrate recover`
 pub fn recover_all(state_dir: &Path, out: &mut impl Write) -> anyhow::Result<ExitCode> {
     log_to_stderr(LogFormat::Human, "warn");
-    let mut exit = Exit::Done;
     let findings = recover(state_dir)?;
     if findings.is_empty() {
         writeln!(out, "nothing to recover")?;
     }
+    tell(findings, out)
+}
+
+/// `migrate resume`
+pub fn resume_serving(state_dir: &Path, out: &mut impl Write) -> anyhow::Result<ExitCode> {
+    log_to_stderr(LogFormat::Human, "warn");
+    let findings = resume(state_dir)?;
+    if findings.is_empty() {
+        writeln!(out, "no container that moved away from here lacks pages")?;
+    }
+    tell(findings, out)
+}
+
+fn tell(findings: Vec<Finding>, out: &mut impl Write) -> anyhow::Result<ExitCode> {
+    let mut exit = Exit::Done;
     for finding in findings {
         let side = match finding.side {
             Side::Source => "from here",
@@ -148,6 +171,14 @@ pub fn recover_all(state_dir: &Path, out: &mut impl Write) -> anyhow::Result<Exi
             End::Moved => "the container lives at the target".to_string(),
             End::RolledBack => "rolled back, the container lives at the source".to_string(),
             End::Running => "still running, left alone".to_string(),
+            End::Incomplete(reason) => {
+                if exit != Exit::Unknown {
+                    exit = Exit::Incomplete;
+                }
+                format!(
+                    "the container lives at the target and lacks pages that are kept here: {reason}"
+                )
+            }
             End::Unknown(reason) => {
                 exit = Exit::Unknown;
                 format!("unknown, the container stays frozen: {reason}")

@@ -19,6 +19,8 @@ pub enum Exit {
     RolledBack = 4,
     /// The target's answer to commit is missing; the container is frozen at the source. `migrate recover` finds out.
     Unknown = 5,
+    /// The container lives at the target and lacks pages that are kept frozen at the source. `migrate resume` goes on.
+    Incomplete = 6,
 }
 
 impl Exit {
@@ -29,6 +31,7 @@ impl Exit {
             Outcome::Refused { .. } => Exit::Refused,
             Outcome::RolledBack { .. } => Exit::RolledBack,
             Outcome::Unknown { .. } => Exit::Unknown,
+            Outcome::Incomplete { .. } => Exit::Incomplete,
         }
     }
 }
@@ -58,6 +61,7 @@ mod tests {
                 4,
             ),
             (Outcome::Unknown { reason: said() }, 5),
+            (Outcome::Incomplete { reason: said() }, 6),
         ] {
             assert_eq!(Exit::of(&outcome) as u8, code, "{outcome:?}");
         }

@@ -43,7 +43,8 @@ fn decided(records: &[Record]) -> Option<Verdict> {
     Some(match fold(records) {
         Ok(Recovered::Source(source)) => match source.last {
             SourceRecord::Opened | SourceRecord::RolledBack => Verdict::RolledBack,
-            SourceRecord::Deciding => Verdict::Undecided,
+            // What the target is owed is in the memory of the stopped tasks: they may neither run nor die.
+            SourceRecord::Deciding | SourceRecord::Serving => Verdict::Undecided,
             SourceRecord::Committed | SourceRecord::Closed => Verdict::Committed,
         },
         Ok(Recovered::Target(target)) if target.last.hook_lets_go() => Verdict::Committed,
@@ -58,7 +59,9 @@ fn decided(records: &[Record]) -> Option<Verdict> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::migration::journal::examples::{deciding, source_opened, target_opened};
+    use crate::migration::journal::examples::{
+        deciding, deciding_in_post_copy, source_opened, target_opened,
+    };
 
     #[test]
     fn a_source_holds_from_deciding_until_it_knows() {
@@ -66,11 +69,15 @@ mod tests {
         let held = vec![source_opened(), deciding()];
         let moved = vec![source_opened(), deciding(), Record::Committed];
         let back = vec![source_opened(), deciding(), Record::RolledBack];
+        let serving = vec![source_opened(), deciding_in_post_copy(), Record::Serving];
+        let whole = [serving.clone(), vec![Record::Committed]].concat();
         for (records, verdict) in [
             (opened, Verdict::RolledBack),
             (held, Verdict::Undecided),
             (moved, Verdict::Committed),
             (back, Verdict::RolledBack),
+            (serving, Verdict::Undecided),
+            (whole, Verdict::Committed),
         ] {
             assert_eq!(decided(&records), Some(verdict), "{records:?}");
         }

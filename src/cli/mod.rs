@@ -51,6 +51,7 @@ pub fn run(plan: Plan) -> anyhow::Result<ExitCode> {
         Plan::Check(plan) => return check::check(&plan, &mut out),
         Plan::Agent(plan) => return engine::run_agent(&plan),
         Plan::Recover { state_dir } => return engine::recover_all(&state_dir, &mut out),
+        Plan::Resume { state_dir } => return engine::resume_serving(&state_dir, &mut out),
         Plan::Guard(arguments) => return engine::run_guard(&arguments),
         Plan::Stdio(arguments) => return engine::run_stdio(&arguments),
     }

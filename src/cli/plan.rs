@@ -3,9 +3,11 @@
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::quantity::Bandwidth;
 use crate::migration::convergence::Limits;
+use crate::migration::mode::Mode;
 use crate::migration::report::Tracker;
 use crate::migration::{ContainerId, PeerAddress};
 use crate::transport::{Fingerprint, PeerName};
@@ -33,6 +35,11 @@ pub enum Plan {
         /// Whose journals to read.
         state_dir: PathBuf,
     },
+    /// `migrate resume`
+    Resume {
+        /// Whose journals to read.
+        state_dir: PathBuf,
+    },
     /// `migrate hook`: CRIU's action script asks the engine, or the journal if the engine is gone.
     Hook(HookPlan),
     /// `migrate pager`: the process that serves page faults at the target.
@@ -50,10 +57,16 @@ pub struct MovePlan {
     pub container: ContainerId,
     /// The agent to move it to.
     pub to: PeerAddress,
+    /// How memory gets there.
+    pub mode: Mode,
     /// How to find dirty pages; `None` picks the best that works here.
     pub tracker: Option<Tracker>,
     /// When to stop copying and freeze.
     pub limits: Limits,
+    /// How long to wait for a lost link while pages are owed.
+    pub reconnect_timeout: Duration,
+    /// Slow the container when rounds do not converge.
+    pub auto_converge: bool,
     /// The most to send.
     pub bandwidth: Option<Bandwidth>,
     /// How to compress pages.

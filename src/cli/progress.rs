@@ -5,7 +5,8 @@ use std::time::Duration;
 use crate::memory::PAGE_SIZE;
 use crate::migration::convergence::FreezeReason;
 use crate::migration::event::{Event, Side, TimedEvent, Verdict};
-use crate::migration::report::{DumpKind, RoundReport, Tracker};
+use crate::migration::mode::Switch;
+use crate::migration::report::{DumpKind, Prediction, RoundReport, Tracker};
 
 use super::summary::summary;
 
@@ -61,6 +62,10 @@ pub fn show(event: &TimedEvent, width: Option<usize>) -> Vec<Shown> {
             }
             shown
         }
+        Event::Mode { mode, why, .. } => match why {
+            Some(why) => line(format!("mode: {mode} only: {why}")),
+            None => line(format!("mode: {mode}")),
+        },
         Event::Tracking {
             tracker,
             processes,
@@ -120,11 +125,14 @@ pub fn show(event: &TimedEvent, width: Option<usize>) -> Vec<Shown> {
         Event::RoundFinished(round) => line(round_line(round)),
         Event::Freezing {
             why,
-            expected_downtime,
+            switch,
+            predicted,
+            ..
         } => line(format!(
-            "freezing: {}; expected downtime {}",
+            "freezing, {}: {}; expected {}",
+            switched(*switch),
             reason(*why),
-            time(*expected_downtime)
+            expected(predicted)
         )),
         Event::Frozen { duration } => {
             passing(width, 0, format!("frozen after {}", time(*duration)))
@@ -158,6 +166,34 @@ pub fn show(event: &TimedEvent, width: Option<usize>) -> Vec<Shown> {
         Event::Committed { downtime } => {
             line(format!("committed after {} of downtime", time(*downtime)))
         }
+        Event::Serving {
+            pages_left,
+            bytes_wire,
+            faults,
+        } => passing(
+            width,
+            0,
+            format!(
+                "serving: {} left, {} sent, {faults} faults answered",
+                memory(*pages_left),
+                bytes(*bytes_wire)
+            ),
+        ),
+        Event::LinkLost { reason, patience } => line(format!(
+            "link lost, looking for the target for {}: {reason}",
+            time(*patience)
+        )),
+        Event::LinkBack { duration } => line(format!("link back after {}", time(*duration))),
+        Event::Whole { duration } => line(format!(
+            "target: last page arrived {} after the release",
+            time(*duration)
+        )),
+        Event::Incomplete {
+            reason,
+            how_to_go_on,
+        } => line(format!(
+            "incomplete: {reason}; the missing pages are kept here until `{how_to_go_on}` brings them"
+        )),
         Event::RolledBack {
             reason, downtime, ..
         } => {
@@ -216,6 +252,31 @@ fn round_line(round: &RoundReport) -> String {
     )
 }
 
+/// What becomes of the pages that are left, in words.
+pub(super) fn switched(switch: Switch) -> &'static str {
+    match switch {
+        Switch::PreCopy => "pre-copy",
+        Switch::PostCopy => "post-copy",
+    }
+}
+
+/// A prediction in words, beside which the truth can stand.
+pub(super) fn expected(predicted: &Prediction) -> String {
+    let Prediction {
+        downtime,
+        total,
+        last_page,
+    } = *predicted;
+    let last_page = last_page.map_or(String::new(), |after| {
+        format!(", last page {} after the release", time(after))
+    });
+    format!(
+        "downtime {}{last_page}, total {}",
+        time(downtime),
+        time(total)
+    )
+}
+
 /// Why the rounds ended, in words.
 pub(super) fn reason(why: FreezeReason) -> &'static str {
     match why {
@@ -224,6 +285,7 @@ pub(super) fn reason(why: FreezeReason) -> &'static str {
         FreezeReason::MaxRounds => "the allowed rounds are used up",
         FreezeReason::Timeout => "the time is up",
         FreezeReason::Idle => "next to nothing is left",
+        FreezeReason::NoRounds => "without rounds",
     }
 }
 
@@ -287,14 +349,19 @@ mod tests {
         let expected = [
             "moving web to 10.0.0.2:7070 (migration 6f1c8802b34d4e9aa107553ed2904bc8)",
             "target: refused: memory: the container has 2.0 GiB, 1.1 GiB are free — free some memory or choose another target",
+            "mode: auto",
             "tracking 3 processes with 2.0 GiB by uffd-wp",
             "files: 812 entries, 32.0 MiB in 135 ms",
             "round 1: 2.0 GiB in 2.6 s (781.2 MiB/s), 448.0 MiB on the wire; dirtied 50.0 MiB/s, 50.0 MiB left, expected downtime 184 ms",
-            "freezing: little is left; expected downtime 184 ms",
+            "freezing, pre-copy: little is left; expected downtime 184 ms, total 3.0 s",
             "delta: 2400 pages, 2.1 MiB on the wire in 19 ms",
             "held: skeleton of 130.0 KiB in 37 ms",
             "target: prepared, restored in 41 ms",
             "committed after 118 ms of downtime",
+            "link lost, looking for the target for 5 min 00 s: the connection timed out",
+            "link back after 5.0 s",
+            "target: last page arrived 6.0 s after the release",
+            "incomplete: the connection timed out; the missing pages are kept here until `migrate resume` brings them",
             "rolled back after 103 ms of downtime: the connection to the target broke",
             "unknown: no answer to commit within 5 s; the container stays frozen here until `migrate recover` finds out",
             "target: last page filled 240 ms after the release",

@@ -1,6 +1,6 @@
 //! The last words on a migration: its report as a few lines.
 
-use super::progress::{bytes, reason, time};
+use super::progress::{bytes, expected, reason, switched, time};
 use crate::migration::phase::Downtime;
 use crate::migration::report::{DumpKind, Outcome, Report};
 
@@ -13,6 +13,11 @@ pub fn summary(report: &Report) -> Vec<String> {
     let ended = report
         .rounds_ended
         .map_or(String::new(), |why| format!(": {}", reason(why)));
+    let mode = match report.switch {
+        Some(switch) => format!("{}, {}", report.mode, switched(switch)),
+        None => report.mode.to_string(),
+    };
+    lines.push(format!("  mode      {mode}"));
     let plural = if report.rounds.len() == 1 { "" } else { "s" };
     lines.push(format!(
         "  total     {} with {} round{plural}{ended}",
@@ -42,8 +47,22 @@ pub fn summary(report: &Report) -> Vec<String> {
             parts(downtime)
         ));
     }
+    if let Some(predicted) = &report.predicted {
+        lines.push(format!("  expected  {}", expected(predicted)));
+    }
     if report.dump == Some(DumpKind::Full) {
         lines.push("            CRIU dumped every page: the skeleton dump does not work on this host (migrate check)".to_owned());
+    }
+    if let Some(post_copy) = &report.post_copy {
+        let last = post_copy
+            .last_page
+            .map_or("the last has not arrived".to_owned(), |last| {
+                format!("the last arrived {} after the release", time(last))
+            });
+        lines.push(format!(
+            "  owed      {} pages followed, {} faults; {last}",
+            post_copy.owed_pages, post_copy.faults
+        ));
     }
     if let Some(fill) = report.fill_after_release {
         lines.push(format!("  filled    {} after the release", time(fill)));
@@ -70,6 +89,11 @@ fn outcome(report: &Report) -> String {
         Outcome::Unknown { reason } => {
             format!(
                 "it is not known whether {container} runs at {target}: {reason}. It is frozen here; run: migrate recover"
+            )
+        }
+        Outcome::Incomplete { reason } => {
+            format!(
+                "{container} lives at {target} and lacks pages that are kept here: {reason}. When the link is back, run: migrate resume"
             )
         }
     }
@@ -120,10 +144,12 @@ mod tests {
     fn a_move_is_summed_up_with_its_downtime_by_parts() {
         let expected = [
             "web runs at 10.0.0.2:7070",
+            "  mode      auto, pre-copy",
             "  total     3.0 s with 1 round: little is left",
             "  memory    2.0 GiB in the container",
             "  sent      450.1 MiB on the wire for 1.8 GiB of content (4.0 : 1); 65836 zero pages, 0 the target had",
             "  downtime  118 ms: freeze 2.9 ms, delta 19 ms | dump 37 ms, images 4.1 ms, restore 41 ms, fill 0.0 ms, commit 6.2 ms, resume 5.5 ms",
+            "  expected  downtime 184 ms, total 3.0 s",
             "  filled    240 ms after the release",
         ];
         assert_eq!(summary(&report()), expected);

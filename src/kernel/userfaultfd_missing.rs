@@ -184,6 +184,27 @@ impl MissingUffd {
         }
     }
 
+    /// Whether the address space is gone: its last process has exited or called exec, of which no event tells.
+    ///
+    /// Found by asking for a copy that cannot be made: the kernel looks whether the address space lives (ESRCH) before it
+    /// reads the source, which lies where nothing is mapped. So whatever is at `page`, nothing is placed. (EFAULT, or
+    /// before that ENOENT, EEXIST or EAGAIN: it lives.)
+    pub fn is_gone(&self, page: PageNumber) -> bool {
+        let dst = page.addr().0 as usize as *mut _;
+        // SAFETY: the kernel reads the source as user memory and fails with EFAULT: page 0 is never mapped in this process,
+        // which asks for no such mapping (`vm.mmap_min_addr`). `dst` is checked by the kernel and never dereferenced here.
+        let copied = unsafe {
+            let nowhere = std::ptr::null();
+            self.uffd.copy(nowhere, dst, PAGE_SIZE as usize, false)
+        };
+        match copied {
+            Err(userfaultfd::Error::CopyFailed(errno)) => {
+                matches!(meaning(Errno::from_raw(errno as i32)), Ok(Placed::Gone))
+            }
+            _ => false,
+        }
+    }
+
     /// Wakes every thread that waits for a page in `range`; it faults again if the page is still missing.
     ///
     /// A range outside the address space is no error: nobody can wait there.

@@ -96,6 +96,8 @@ pub enum FreezeReason {
     Timeout,
     /// Next to nothing is dirty.
     Idle,
+    /// No rounds were wanted, or none are possible: it froze as soon as everything was ready.
+    NoRounds,
 }
 
 /// A decision with the figures it rests on.

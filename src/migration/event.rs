@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::convergence::FreezeReason;
 use super::handoff::SourceState;
 use super::millis;
-use super::report::{DumpKind, Report, RoundReport, Tracker};
+use super::mode::{Mode, Switch};
+use super::report::{DumpKind, Prediction, Report, RoundReport, Tracker};
 use super::{ContainerId, MigrationId};
 
 /// An event and when it happened: one line of `--json`.
@@ -36,6 +37,16 @@ pub enum Event {
         container: ContainerId,
         /// The target as it was named, `host:port`.
         target: String,
+    },
+    /// It is known how memory will go.
+    Mode {
+        /// As it was asked for.
+        asked: Mode,
+        /// As it will be: pre-copy where `auto` cannot have more.
+        mode: Mode,
+        /// Why `auto` came to that.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        why: Option<String>,
     },
     /// One end looked whether it can work.
     Preflight {
@@ -96,6 +107,10 @@ pub enum Event {
         /// The downtime to expect.
         #[serde(rename = "expected_downtime_ms", with = "millis")]
         expected_downtime: Duration,
+        /// What becomes of the pages still to be sent.
+        switch: Switch,
+        /// All that is expected.
+        predicted: Prediction,
     },
     /// Nothing in the container runs.
     Frozen {
@@ -134,6 +149,42 @@ pub enum Event {
         /// How long it stood still.
         #[serde(rename = "downtime_ms", with = "millis")]
         downtime: Duration,
+    },
+    /// Post-copy: the container runs at the target, which is owed pages. Sent now and then until it has them.
+    Serving {
+        /// Pages still to be sent.
+        pages_left: u64,
+        /// Bytes over the wire for owed pages so far.
+        bytes_wire: u64,
+        /// Faults answered so far.
+        faults: u64,
+    },
+    /// Post-copy: the connection is lost while pages are owed; the container waits where it touches one.
+    LinkLost {
+        /// What happened, one line.
+        reason: String,
+        /// How long the target is looked for.
+        #[serde(rename = "patience_ms", with = "millis")]
+        patience: Duration,
+    },
+    /// Post-copy: connected again; the pages still missing are sent.
+    LinkBack {
+        /// How long the link was away.
+        #[serde(rename = "duration_ms", with = "millis")]
+        duration: Duration,
+    },
+    /// Post-copy: the last owed page has arrived.
+    Whole {
+        /// Since the release, on the target's clock.
+        #[serde(rename = "duration_ms", with = "millis")]
+        duration: Duration,
+    },
+    /// Post-copy: the target was looked for long enough. What it is owed is kept frozen here.
+    Incomplete {
+        /// What happened, one line.
+        reason: String,
+        /// The command that goes on.
+        how_to_go_on: String,
     },
     /// The container goes on at the source.
     RolledBack {

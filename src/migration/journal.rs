@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::handoff::source::SourceRecord;
 use super::handoff::target::TargetRecord;
 use super::{ContainerId, JournalId, MigrationId, PeerAddress};
+use crate::memory::SpaceId;
 
 /// One line of a journal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,13 +26,25 @@ pub enum Record {
     Deciding {
         /// The journal that holds the target's `prepared`.
         target_journal: JournalId,
+        /// What the target will still need of the frozen container when its copy runs; empty unless post-copy was chosen.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        owing: Option<Owing>,
     },
-    /// Target: the copy is whole and held. Written before the source is told.
+    /// Source: the copy runs and is owed pages, so what is frozen here must stay.
+    Serving,
+    /// Target: the copy is held; all of it is here but what it is owed. Written before the source is told.
     Prepared,
-    /// Target: the copy may run. Source: the copy runs, what is frozen here must die.
+    /// Target: the copy may run. Source: the copy runs and is whole, what is frozen here must die.
     Committed,
     /// Target: the copy runs.
     Released,
+    /// Target: the copy will run before it is whole. Written before `prepared`.
+    Owed {
+        /// The processes that are owed pages, and what their memory is called on the wire.
+        tasks: Vec<OwedTask>,
+    },
+    /// Target: the copy is owed nothing any more.
+    Whole,
     /// Target: there is no copy and never will be.
     Aborted,
     /// Source: the container goes on here.
@@ -98,6 +111,36 @@ pub struct ProcessName {
     pub pid: i32,
     /// Start time in clock ticks since boot (field 22 of `/proc/PID/stat`).
     pub start_time: u64,
+}
+
+/// What a source needs to send owed pages after a crash.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Owing {
+    /// The frozen processes whose pages are owed. Which pages these are the target knows.
+    pub spaces: Vec<OwingSpace>,
+    /// How long a lost target is looked for before it is left to `migrate resume`, in seconds.
+    pub reconnect_s: u64,
+}
+
+/// One address space that owes pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OwingSpace {
+    /// Its name on the wire.
+    pub space: SpaceId,
+    /// The process that has it.
+    pub process: ProcessName,
+}
+
+/// A process of the copy that is owed pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OwedTask {
+    /// Its pid inside the container.
+    pub vpid: i32,
+    /// The name of its memory on the wire.
+    pub space: SpaceId,
 }
 
 /// The cgroup whose freezer stops the container.
@@ -172,6 +215,8 @@ pub struct RecoveredSource {
     pub last: SourceRecord,
     /// The journal that holds the target's `prepared`, if it came to deciding.
     pub target_journal: Option<JournalId>,
+    /// What the target needs of the frozen container, if it came to deciding in post-copy.
+    pub owing: Option<Owing>,
 }
 
 /// A migration to here.
@@ -183,6 +228,8 @@ pub struct RecoveredTarget {
     pub leftovers: Vec<Leftover>,
     /// Where the handover stood.
     pub last: TargetRecord,
+    /// The processes that may need pages that only the source has; empty when the copy is whole.
+    pub owed: Vec<OwedTask>,
 }
 
 /// A list of records no engine wrote.
@@ -230,6 +277,7 @@ fn fold_source(opened: &SourceOpened, rest: &[Record]) -> Result<RecoveredSource
         leftovers: Vec::new(),
         last: SourceRecord::Opened,
         target_journal: None,
+        owing: None,
     };
     for (index, record) in rest.iter().enumerate() {
         found.last = match (found.last, record) {
@@ -237,20 +285,36 @@ fn fold_source(opened: &SourceOpened, rest: &[Record]) -> Result<RecoveredSource
                 found.leftovers.push(leftover.clone());
                 last
             }
-            (SourceRecord::Opened, Record::Deciding { target_journal }) => {
+            (
+                SourceRecord::Opened,
+                Record::Deciding {
+                    target_journal,
+                    owing,
+                },
+            ) => {
                 found.target_journal = Some(*target_journal);
+                found.owing = owing.clone();
                 SourceRecord::Deciding
             }
-            (SourceRecord::Deciding | SourceRecord::Committed, Record::Committed) => {
-                SourceRecord::Committed
+            (SourceRecord::Deciding | SourceRecord::Serving, Record::Serving)
+                if found.owing.is_some() =>
+            {
+                SourceRecord::Serving
             }
+            (
+                SourceRecord::Deciding | SourceRecord::Serving | SourceRecord::Committed,
+                Record::Committed,
+            ) => SourceRecord::Committed,
             (
                 SourceRecord::Opened | SourceRecord::Deciding | SourceRecord::RolledBack,
                 Record::RolledBack,
             ) => SourceRecord::RolledBack,
             // Closing may be all that is recorded if writing `committed` failed.
             (
-                SourceRecord::Deciding | SourceRecord::Committed | SourceRecord::Closed,
+                SourceRecord::Deciding
+                | SourceRecord::Serving
+                | SourceRecord::Committed
+                | SourceRecord::Closed,
                 Record::Closed,
             ) => SourceRecord::Closed,
             (last, record) => return Err(out_of_order(index, record, last)),
@@ -264,6 +328,7 @@ fn fold_target(opened: &TargetOpened, rest: &[Record]) -> Result<RecoveredTarget
         opened: opened.clone(),
         leftovers: Vec::new(),
         last: TargetRecord::Opened,
+        owed: Vec::new(),
     };
     for (index, record) in rest.iter().enumerate() {
         found.last = match (found.last, record) {
@@ -274,6 +339,14 @@ fn fold_target(opened: &TargetOpened, rest: &[Record]) -> Result<RecoveredTarget
             (TargetRecord::Opened, Record::Prepared) => TargetRecord::Prepared,
             (TargetRecord::Prepared, Record::Committed) => TargetRecord::Committed,
             (TargetRecord::Committed | TargetRecord::Released, Record::Released) => {
+                TargetRecord::Released
+            }
+            (TargetRecord::Opened, Record::Owed { tasks }) => {
+                found.owed = tasks.clone();
+                TargetRecord::Opened
+            }
+            (TargetRecord::Released, Record::Whole) => {
+                found.owed = Vec::new();
                 TargetRecord::Released
             }
             // Also after `committed`: a release that failed before anything ran is taken back.
@@ -300,9 +373,12 @@ impl Record {
             Record::TargetOpened(_) => "target_opened",
             Record::Leftover(_) => "leftover",
             Record::Deciding { .. } => "deciding",
+            Record::Serving => "serving",
             Record::Prepared => "prepared",
             Record::Committed => "committed",
             Record::Released => "released",
+            Record::Owed { .. } => "owed",
+            Record::Whole => "whole",
             Record::Aborted => "aborted",
             Record::RolledBack => "rolled_back",
             Record::Closed => "closed",
@@ -352,13 +428,30 @@ pub(crate) mod examples {
     pub(crate) fn deciding() -> Record {
         Record::Deciding {
             target_journal: JournalId::from_bytes([9; 16]),
+            owing: None,
+        }
+    }
+
+    pub(crate) fn deciding_in_post_copy() -> Record {
+        Record::Deciding {
+            target_journal: JournalId::from_bytes([9; 16]),
+            owing: Some(Owing {
+                spaces: vec![OwingSpace {
+                    space: SpaceId(3),
+                    process: ProcessName {
+                        pid: 4242,
+                        start_time: 99,
+                    },
+                }],
+                reconnect_s: 300,
+            }),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::examples::{deciding, source_opened, target_opened};
+    use super::examples::{deciding, deciding_in_post_copy, source_opened, target_opened};
     use super::*;
 
     fn leftover() -> Record {
@@ -417,6 +510,57 @@ mod tests {
         for (count, expected) in (1..).zip(stood) {
             assert_eq!(last_target(&target[..count]), expected);
         }
+    }
+
+    fn owed() -> Record {
+        Record::Owed {
+            tasks: vec![OwedTask {
+                vpid: 1,
+                space: SpaceId(3),
+            }],
+        }
+    }
+
+    #[test]
+    fn what_is_owed_is_known_until_the_copy_is_whole() {
+        let source = [
+            source_opened(),
+            deciding_in_post_copy(),
+            Record::Serving,
+            Record::Committed,
+            Record::Closed,
+        ];
+        let stood = [
+            SourceRecord::Opened,
+            SourceRecord::Deciding,
+            SourceRecord::Serving,
+            SourceRecord::Committed,
+            SourceRecord::Closed,
+        ];
+        for (count, expected) in (1..).zip(stood) {
+            assert_eq!(last_source(&source[..count]), expected);
+        }
+        let Ok(Recovered::Source(found)) = fold(&source[..3]) else {
+            panic!("a good journal was refused");
+        };
+        assert_eq!(found.owing.map(|owing| owing.spaces.len()), Some(1));
+        assert!(fold(&[source_opened(), deciding(), Record::Serving]).is_err());
+
+        let target = [
+            target_opened(),
+            owed(),
+            Record::Prepared,
+            Record::Committed,
+            Record::Released,
+            Record::Whole,
+        ];
+        for (count, expected) in (1..).zip([false, true, true, true, true, false]) {
+            let Ok(Recovered::Target(found)) = fold(&target[..count]) else {
+                panic!("a good journal was refused");
+            };
+            assert_eq!(!found.owed.is_empty(), expected, "{count} records");
+        }
+        assert!(fold(&[target_opened(), Record::Prepared, owed()]).is_err());
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! test and can be killed after every step ([`handoff`]).
 //!
 //! ```text
-//!  measurements ──▶ convergence ──▶ another round | freeze, and why
+//!  measurements ──▶ convergence ──▶ another round | freeze, and why      (within the mode: mode)
 //!  events       ──▶ handoff     ──▶ next state + actions      (source table, target table)
 //!  records      ──▶ journal     ──▶ the state to recover into (the file itself: crate::journal)
 //!  marks        ──▶ phase       ──▶ downtime and its parts ──▶ report
@@ -16,6 +16,7 @@ pub mod convergence;
 pub mod event;
 pub mod handoff;
 pub mod journal;
+pub mod mode;
 pub mod phase;
 pub mod report;
 

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::convergence::FreezeReason;
 use super::millis;
+use super::mode::{Mode, Switch};
 use super::phase::Downtime;
 use super::{ContainerId, MigrationId};
 
@@ -22,13 +23,19 @@ pub struct Report {
     pub outcome: Outcome,
     /// The tracker that found dirty pages; `None` if it never came to that.
     pub tracker: Option<Tracker>,
-    /// From the start until the outcome was known.
+    /// How memory was to get to the target: as asked for, or pre-copy where `auto` could not have more.
+    pub mode: Mode,
+    /// From the start until the outcome was known, and every page was at the target.
     #[serde(rename = "total_ms", with = "millis")]
     pub total: Duration,
     /// The rounds in order; the delta is not among them.
     pub rounds: Vec<RoundReport>,
     /// Why the rounds ended; `None` if they did not end by decision.
     pub rounds_ended: Option<FreezeReason>,
+    /// What became of the pages still to be sent at the freeze; `None` if it did not come to that by decision.
+    pub switch: Option<Switch>,
+    /// What was expected at that moment; `downtime`, `total` and `fill_after_release` are what came.
+    pub predicted: Option<Prediction>,
     /// The last pages, sent while the container was frozen.
     pub delta: Option<RoundReport>,
     /// What was sent, all together.
@@ -40,8 +47,25 @@ pub struct Report {
     /// From the release at the target until its last page was filled in; `None` if not known.
     #[serde(rename = "fill_after_release_ms", with = "millis::option")]
     pub fill_after_release: Option<Duration>,
+    /// What followed the container after the switch; `None` if nothing was owed.
+    pub post_copy: Option<PostCopyReport>,
     /// How CRIU dumped: skeleton only, or everything because the skeleton trick does not work here.
     pub dump: Option<DumpKind>,
+}
+
+/// What is expected of a freeze, at the moment it is decided on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prediction {
+    /// How long the container will stand still.
+    #[serde(rename = "downtime_ms", with = "millis")]
+    pub downtime: Duration,
+    /// From the start of the migration until every page is at the target.
+    #[serde(rename = "total_ms", with = "millis")]
+    pub total: Duration,
+    /// Post-copy: from the release at the target until its last page has come, a time in which the container runs with
+    /// faults over the network. `None` for pre-copy, in which nothing is missing at the release.
+    #[serde(rename = "last_page_ms", with = "millis::option")]
+    pub last_page: Option<Duration>,
 }
 
 /// How a migration ended.
@@ -69,6 +93,25 @@ pub enum Outcome {
         /// What happened, one line.
         reason: String,
     },
+    /// The container lives at the target and waits there for pages that only the source has, where it is kept frozen.
+    Incomplete {
+        /// What happened, one line.
+        reason: String,
+    },
+}
+
+/// Pages that followed the container.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PostCopyReport {
+    /// Pages that were missing when the container went on at the target.
+    pub owed_pages: u64,
+    /// Faults that were answered for them over the first connection.
+    pub faults: u64,
+    /// Bytes that went over the wire for them over the first connection, headers included, before QUIC.
+    pub bytes_wire: u64,
+    /// From the release until the last one had arrived, on the target's clock; `None` if that has not happened.
+    #[serde(rename = "last_page_ms", with = "millis::option")]
+    pub last_page: Option<Duration>,
 }
 
 /// How dirty pages were found.

@@ -116,7 +116,8 @@ impl Freezer {
         }
     }
 
-    fn request_freeze(&self) -> Result<(), FreezeError> {
+    /// Tells every task to stop, and does not wait for it.
+    pub fn request_freeze(&self) -> Result<(), FreezeError> {
         let (file, word) = match self {
             Freezer::V1(path) => (path.join("freezer.state"), "FROZEN"),
             Freezer::V2(path) => (path.join("cgroup.freeze"), "1"),

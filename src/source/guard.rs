@@ -11,7 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 
 /// How long one attempt of the guard to settle a migration asks the target; attempts follow one another.
@@ -66,10 +66,19 @@ impl Drop for Guard {
 pub fn watch(state_dir: &Path, migration: MigrationId) {
     // Nothing is ever written: the end of the pipe is the end of its writer.
     let _ = io::stdin().read(&mut [0]);
+    let mut lost: Option<Instant> = None;
     loop {
         match settle::settle(state_dir, migration, ATTEMPT) {
             Ok(Some(Settled::Unknown { reason })) => {
                 tracing::warn!(%reason, "the outcome is still unknown, asking on")
+            }
+            Ok(Some(Settled::Incomplete { reason, patience })) => {
+                if lost.get_or_insert_with(Instant::now).elapsed() > patience {
+                    tracing::error!(%reason, "pages of a container that moved are still here; go on with: migrate resume");
+                    return;
+                }
+                // `migrate resume` may want the journal.
+                thread::sleep(settle::PAUSE);
             }
             // The lock of a process that was just killed may outlive its end of our pipe for a moment: the kernel drops
             // both in no particular order. `migrate recover` may have it too, and leave the question open.

@@ -11,6 +11,7 @@
 
 mod ending;
 mod frozen;
+mod serving;
 
 pub use frozen::mapped_files;
 
@@ -18,7 +19,8 @@ use super::dump::{Dump, DumpSignal, PreparedDump};
 use super::link::{Link, LinkError};
 use super::plan::Plan;
 use super::rootfs_copy::RootfsCopy;
-use super::send::{FrameSink, Sender};
+use super::send::{FrameSink, PagesToSend, Sender};
+use super::serve::{ServeProgress, Serving};
 use super::settle;
 use super::tracker::{SpaceScan, Tracker};
 use crate::criu::hook::WaitingHook;
@@ -29,6 +31,7 @@ use crate::memory::{PageSet, SpaceId};
 use crate::migration::event::Event;
 use crate::migration::handoff::{Course, SourceAction, SourceEvent, SourceState};
 use crate::migration::journal::{Leftover, ProcessName, Record};
+use crate::migration::mode::{Mode, Switch};
 use crate::migration::phase::{Mark, TargetTimes, Timeline};
 use crate::migration::report::{DumpKind, RoundReport};
 use crate::migration::{JournalId, MigrationId};
@@ -39,6 +42,7 @@ use crate::transport::TransportError;
 use crate::wire::message::{self, Message};
 use crate::wire::peer_error::PeerError;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -76,6 +80,8 @@ pub struct Handover<'a, S> {
     pub migration: MigrationId,
     /// As it was asked for.
     pub plan: &'a Plan,
+    /// How memory gets to the target: as asked for, or what these hosts can do instead.
+    pub mode: Mode,
     /// The runtime.
     pub runc: &'a Runc,
     /// The container.
@@ -112,6 +118,8 @@ pub struct Handover<'a, S> {
     pub prestart: message::Prestart,
     /// How the dump, once it begins, keeps packets still.
     pub network_lock: NetworkLock,
+    /// What becomes of the pages that are still to be sent at the freeze; known when the rounds are over.
+    pub switch: Switch,
     cancel_heard: bool,
     dump_at_gate: bool,
     rounds_received: u32,
@@ -122,6 +130,15 @@ pub struct Handover<'a, S> {
     frozen: Option<Frozen>,
     scans: Vec<SpaceScan>,
     held_back: BTreeMap<SpaceId, PageSet>,
+    /// Dirty pages that wait for the dump to say whether they can be owed.
+    put_off: BTreeMap<SpaceId, PageSet>,
+    owed: Vec<PagesToSend>,
+    server: Option<Serving>,
+    progress: Option<Arc<ServeProgress>>,
+    whole: bool,
+    lost: Option<Instant>,
+    committed_told: bool,
+    serving_told: Option<Instant>,
     target_journal: Option<JournalId>,
     round: u32,
     delta: Option<RoundReport>,
@@ -143,6 +160,14 @@ pub struct Ended {
     pub dump: Option<DumpKind>,
     /// When the target had the last page in its place.
     pub filled: Option<message::Filled>,
+    /// Post-copy: from the release until the last owed page had arrived, on the target's clock.
+    pub whole: Option<Duration>,
+    /// Pages that were owed when the copy began to run.
+    pub owed_pages: u64,
+    /// Faults answered over the first connection.
+    pub faults: u64,
+    /// Bytes sent for owed pages over the first connection.
+    pub bytes_owed: u64,
     /// What stayed behind and why, if ending it was not clean.
     pub untidy: Option<String>,
 }
@@ -156,6 +181,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
     pub fn new(
         migration: MigrationId,
         plan: &'a Plan,
+        mode: Mode,
         runc: &'a Runc,
         container: &'a Container,
         journal: Journal,
@@ -173,6 +199,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
         Handover {
             migration,
             plan,
+            mode,
             runc,
             container,
             journal,
@@ -190,6 +217,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             prestarted: false,
             prestart,
             network_lock,
+            switch: Switch::PreCopy,
             cancel_heard: false,
             dump_at_gate: false,
             rounds_received: 0,
@@ -200,6 +228,14 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             frozen: None,
             scans: Vec::new(),
             held_back: BTreeMap::new(),
+            put_off: BTreeMap::new(),
+            owed: Vec::new(),
+            server: None,
+            progress: None,
+            whole: false,
+            lost: None,
+            committed_told: false,
+            serving_told: None,
             target_journal: None,
             round: 0,
             delta: None,
@@ -290,9 +326,10 @@ impl<'a, S: FrameSink> Handover<'a, S> {
         self.run_to_the_end()
     }
 
-    /// Freezes, sends the rest, hands over: returns when the outcome is known, or nobody can tell.
-    pub fn hand_over(mut self, round: u32) -> (SourceState, Ended, Timeline) {
+    /// Freezes, sends the rest or owes it, hands over: returns when the outcome is known, or nobody can tell.
+    pub fn hand_over(mut self, round: u32, switch: Switch) -> (SourceState, Ended, Timeline) {
         self.round = round;
+        self.switch = switch;
         self.queue.push_back(SourceEvent::FreezeOrdered);
         self.run_to_the_end()
     }
@@ -318,8 +355,18 @@ impl<'a, S: FrameSink> Handover<'a, S> {
                     break;
                 }
             }
+            if self.course.state() == SourceState::Serving
+                && self
+                    .lost
+                    .is_some_and(|lost| lost.elapsed() > self.plan.reconnect_timeout)
+            {
+                break;
+            }
         }
-        if self.course.state() == SourceState::Unknown {
+        if matches!(
+            self.course.state(),
+            SourceState::Unknown | SourceState::Serving
+        ) {
             // It stays as it is for whoever learns the truth: frozen, and held by a hook that reads the journal.
             if let Some(frozen) = self.frozen.take() {
                 frozen.give_away();
@@ -338,6 +385,11 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             link.close(why);
         }
         self.ended.delta = self.delta.take();
+        if let Some(progress) = &self.progress {
+            let served = progress.now();
+            self.ended.faults = served.faults;
+            self.ended.bytes_owed = served.pushed_bytes + served.answered_bytes;
+        }
         (self.course.state(), self.ended, self.timeline)
     }
 
@@ -370,6 +422,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
 
     fn next_event(&mut self) -> SourceEvent {
         loop {
+            self.tell_serving();
             let signal = self.signals.recv_timeout(Duration::from_millis(5));
             match signal {
                 Ok(signal) => {
@@ -379,7 +432,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
                 }
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
             }
-            if let Some(event) = self.heard_cancel() {
+            if let Some(event) = self.heard_cancel().or_else(|| self.service_failed()) {
                 return event;
             }
             if matches!(
@@ -393,7 +446,10 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             let patience = FROZEN_PATIENCE;
             if frozen_since
                 .is_some_and(|since| self.began.elapsed().saturating_sub(since) > patience)
-                && !matches!(self.course.state(), SourceState::Unknown)
+                && !matches!(
+                    self.course.state(),
+                    SourceState::Unknown | SourceState::Serving
+                )
             {
                 self.because(format!(
                     "the container stood still for {patience:?} in state {:?}",
@@ -465,8 +521,9 @@ impl<'a, S: FrameSink> Handover<'a, S> {
                 let mut times = self.timeline.target_times();
                 times.resume = Duration::from_micros(committed.resume_us);
                 self.timeline.set_target_times(times);
-                Some(SourceEvent::TargetSaysCommitted)
+                Some(self.who_runs())
             }
+            Message::Whole(whole) => self.heard_whole(whole),
             Message::RolledBack(said) => {
                 self.because(format!(
                     "the target rolled back: {}: {}",
@@ -493,14 +550,21 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             SourceAction::ConfirmHold => Some(self.confirm_hold()),
             SourceAction::RecordDeciding => {
                 let target_journal = self.target_journal?;
-                Some(self.record(&Record::Deciding { target_journal }))
+                let owing = self.owing();
+                Some(self.record(&Record::Deciding {
+                    target_journal,
+                    owing,
+                }))
             }
             SourceAction::SendCommit => self.send_commit(),
             SourceAction::AskTarget => Some(self.ask_target()),
+            SourceAction::RecordServing => {
+                self.tell_committed();
+                self.note_record(&Record::Serving)
+            }
+            SourceAction::ServePages => self.serve_pages(),
             SourceAction::RecordCommitted => {
-                let downtime = self.timeline.downtime(self.began.elapsed());
-                let downtime = downtime.map_or(Duration::ZERO, |downtime| downtime.total);
-                (self.emit)(Event::Committed { downtime });
+                self.tell_committed();
                 self.note_record(&Record::Committed)
             }
             SourceAction::DestroyFrozenCopy => {
@@ -517,6 +581,15 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             }
             SourceAction::RecordRolledBack => self.note_record(&Record::RolledBack),
             SourceAction::RecordClosed => self.note_record(&Record::Closed),
+        }
+    }
+
+    /// Once, however the target's word came and whatever it lacked.
+    fn tell_committed(&mut self) {
+        if !std::mem::replace(&mut self.committed_told, true) {
+            let downtime = self.timeline.downtime(self.began.elapsed());
+            let downtime = downtime.map_or(Duration::ZERO, |downtime| downtime.total);
+            (self.emit)(Event::Committed { downtime });
         }
     }
 
@@ -569,7 +642,10 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             target_journal,
         };
         let (event, reason) = question.ask();
-        if event == SourceEvent::TargetSaysCommitted {
+        if matches!(
+            event,
+            SourceEvent::TargetSaysCommitted | SourceEvent::TargetSaysServing
+        ) {
             self.mark(Mark::Committed);
         }
         self.because(reason);

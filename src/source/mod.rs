@@ -18,6 +18,7 @@ pub mod plan;
 pub mod preflight;
 pub mod remains;
 pub mod residue;
+pub mod resume;
 pub mod rootfs;
 pub mod rootfs_copy;
 pub mod rounds;

@@ -1,5 +1,6 @@
 //! What to move, where to, and how: the arguments of a migration, checked.
 
+use crate::migration::mode::Mode;
 use crate::migration::{ContainerId, PeerAddress};
 use crate::runtime::runc;
 use crate::source::tracker::TrackerKind;
@@ -12,6 +13,9 @@ use std::time::Duration;
 /// Where the engine keeps its journals, identity and working files unless told otherwise.
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/migrate";
 
+/// How long a lost link is waited for unless told otherwise.
+pub const DEFAULT_RECONNECT_TIMEOUT: Duration = Duration::from_secs(300);
+
 /// One migration, as it was asked for.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -23,6 +27,8 @@ pub struct Plan {
     pub runtime_root: PathBuf,
     /// Where journals, identity and working files are kept.
     pub state_dir: PathBuf,
+    /// How memory gets to the target.
+    pub mode: Mode,
     /// How dirty pages are found; `None` lets the kernel's features decide.
     pub tracker: Option<TrackerKind>,
     /// Rounds after which the container is frozen whatever is dirty.
@@ -35,6 +41,10 @@ pub struct Plan {
     pub compression: Compression,
     /// How long the whole migration may take before it is given up.
     pub timeout: Duration,
+    /// How long a lost link is waited for while pages are owed, until the copy at the target is stopped.
+    pub reconnect_timeout: Duration,
+    /// Slow the container by its CPU quota when rounds do not converge.
+    pub auto_converge: bool,
     /// Only look whether it would work.
     pub dry_run: bool,
     /// How the root filesystem gets to the target.
@@ -54,12 +64,15 @@ impl Plan {
             target,
             runtime_root: PathBuf::from(runc::DEFAULT_ROOT),
             state_dir: PathBuf::from(DEFAULT_STATE_DIR),
+            mode: Mode::Auto,
             tracker: None,
             max_rounds: 30,
             downtime_limit: Duration::from_millis(300),
             bandwidth_limit: None,
             compression: Compression::Auto,
             timeout: Duration::from_secs(3600),
+            reconnect_timeout: DEFAULT_RECONNECT_TIMEOUT,
+            auto_converge: false,
             dry_run: false,
             rootfs: RootfsMode::Copied,
             page_streams: 2,

@@ -9,7 +9,7 @@
 //! pages to which the kernel writes when CRIU interrupts a system call ([`crate::kernel::interruption`]): a task that sleeps in
 //! the v1 freezer is interrupted only then.
 
-use crate::criu::images::{ImageError, Pagemap};
+use crate::criu::images::{ImageError, Mappings, Pagemap};
 use crate::memory::PageSet;
 use std::fs;
 use std::io;
@@ -45,12 +45,7 @@ pub fn residue(
     sent: Option<&PageSet>,
     held_back: &PageSet,
 ) -> Result<PageSet, ResidueError> {
-    let path = images.join(format!("pagemap-{vpid}.img"));
-    let bytes = fs::read(&path).map_err(|source| ResidueError::File {
-        path: path.clone(),
-        source,
-    })?;
-    let pagemap = Pagemap::parse(&bytes).map_err(|source| ResidueError::Image { path, source })?;
+    let pagemap = read(images, &format!("pagemap-{vpid}.img"), Pagemap::parse)?;
     let wanted: PageSet = pagemap.in_parent().collect();
     let mut missing = wanted.clone();
     if let Some(sent) = sent {
@@ -62,4 +57,31 @@ pub fn residue(
         }
     }
     Ok(missing)
+}
+
+/// Takes those of `pages` of the process `vpid` out that its copy can run without: CRIU restores their mappings through
+/// userfaultfd.
+pub fn take_lazy(images: &Path, vpid: i32, pages: &mut PageSet) -> Result<PageSet, ResidueError> {
+    let mappings = read(images, &format!("mm-{vpid}.img"), Mappings::parse)?;
+    let lazy: PageSet = mappings
+        .vmas
+        .iter()
+        .filter(|vma| vma.lazy)
+        .flat_map(|vma| pages.intersecting(vma.range))
+        .collect();
+    pages.subtract(&lazy);
+    Ok(lazy)
+}
+
+fn read<T>(
+    images: &Path,
+    name: &str,
+    parse: impl Fn(&[u8]) -> Result<T, ImageError>,
+) -> Result<T, ResidueError> {
+    let path = images.join(name);
+    let bytes = fs::read(&path).map_err(|source| ResidueError::File {
+        path: path.clone(),
+        source,
+    })?;
+    parse(&bytes).map_err(|source| ResidueError::Image { path, source })
 }

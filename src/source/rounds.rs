@@ -19,7 +19,8 @@ use crate::migration::convergence::{
 };
 use crate::migration::event::Event;
 use crate::migration::handoff::SourceEvent;
-use crate::migration::report::{RoundReport, Tracker as TrackerName};
+use crate::migration::mode::{Mode, Switch};
+use crate::migration::report::{Prediction, RoundReport, Tracker as TrackerName};
 use crate::wire::message::RoundEnd;
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -37,8 +38,10 @@ pub struct RoundsDone {
     pub rounds: Vec<RoundReport>,
     /// Why they ended.
     pub why: FreezeReason,
-    /// The downtime to expect.
-    pub expected_downtime: Duration,
+    /// What becomes of the pages still to be sent.
+    pub switch: Switch,
+    /// What to expect of that.
+    pub predicted: Prediction,
 }
 
 /// Why the rounds did not end by decision.
@@ -142,12 +145,30 @@ impl<S: FrameSink> Handover<'_, S> {
             return Ok(RoundsDone {
                 rounds: done,
                 why,
-                expected_downtime,
+                switch: self.switch_at(expected_downtime),
+                predicted: self.predict(expected_downtime),
             });
         }
     }
 
-    /// Without a tracker there are no rounds: CRIU's dump will have every page.
+    fn switch_at(&self, expected_downtime: Duration) -> Switch {
+        match self.mode {
+            Mode::PreCopy => Switch::PreCopy,
+            Mode::Auto if expected_downtime <= self.plan.downtime_limit => Switch::PreCopy,
+            Mode::Auto | Mode::Hybrid | Mode::PostCopy => Switch::PostCopy,
+        }
+    }
+
+    fn predict(&self, downtime: Duration) -> Prediction {
+        Prediction {
+            downtime,
+            total: self.began.elapsed().saturating_add(downtime),
+            last_page: None,
+        }
+    }
+
+    /// No rounds: the container is frozen as soon as everything is ready. In post-copy every page is owed; otherwise there
+    /// is no tracker, and CRIU's dump will have every page.
     pub fn no_rounds(
         &mut self,
         prepare: &mut dyn FnMut(&mut Self) -> Result<(), String>,
@@ -156,8 +177,12 @@ impl<S: FrameSink> Handover<'_, S> {
         self.wait_until_ready()?;
         Ok(RoundsDone {
             rounds: Vec::new(),
-            why: FreezeReason::NoProgress,
-            expected_downtime: fixed_downtime(1, 0),
+            why: FreezeReason::NoRounds,
+            switch: match self.mode {
+                Mode::PostCopy => Switch::PostCopy,
+                Mode::PreCopy | Mode::Hybrid | Mode::Auto => Switch::PreCopy,
+            },
+            predicted: self.predict(fixed_downtime(1, 0)),
         })
     }
 

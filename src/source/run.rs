@@ -16,7 +16,8 @@ use super::rootfs_copy::{RootfsCopy, RootfsCopyError};
 use super::rounds::{RoundsDone, RoundsError, name_of};
 use super::send::{FrameSink, Sender};
 use super::settle::connector;
-use super::tracker::{TrackError, Trackers};
+use super::tracker::{TrackError, Tracker, Trackers};
+use crate::chain::one_line;
 use crate::criu::binary::{Criu, NoCriu};
 use crate::criu::kernel_cache::{KernelCache, KernelCacheError};
 use crate::criu::options::NetworkLock;
@@ -25,12 +26,13 @@ use crate::migration::MigrationId;
 use crate::migration::event::{Event, Finding, Side, Verdict};
 use crate::migration::handoff::{SourceEvent, SourceState};
 use crate::migration::journal::{self, ProcessName, Record, SourceOpened};
+use crate::migration::mode::{Mode, NoSuchMode, PostCopyNeeds};
 use crate::migration::phase::Timeline;
-use crate::migration::report::{Outcome, Report, Sent};
+use crate::migration::report::{Outcome, PostCopyReport, Report, Sent};
 use crate::runtime::runc::{Container, Runc, RuncError};
 use crate::runtime::{Freezer, Task};
 use crate::transport::{PageQueue, Settings};
-use crate::wire::message::{Begin, Message, Prestart, RootfsMode};
+use crate::wire::message::{Accepted, Begin, Message, Prestart, RootfsMode};
 use crate::wire::page_frame::EncodedFrame;
 use std::fs::DirBuilder;
 use std::io;
@@ -96,7 +98,7 @@ impl FrameSink for PageQueue {
 pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<Report, RunError> {
     let began = Instant::now();
     let migration = new_migration()?;
-    let mut report = Report::new(migration, plan.container.clone(), plan.target.to_string());
+    let mut report = Report::new(migration, plan);
     emit(Event::Started {
         migration,
         container: plan.container.clone(),
@@ -117,11 +119,7 @@ pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<
         return Ok(report.ended(Outcome::Refused { reasons }, began.elapsed()));
     }
     let cache = KernelCache::prepare(&criu, &plan.state_dir.join("criu"))?;
-    let tracker = if cache.skeleton.works() {
-        Some(Trackers::find().open(plan.tracker)?)
-    } else {
-        None
-    };
+    let (tracker, untracked) = open_tracker(plan, cache.skeleton.works())?;
 
     let (signal, signals) = mpsc::channel();
     let settings = Settings {
@@ -134,12 +132,40 @@ pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<
         signal.clone(),
         Signal::Heard,
     )?;
-    let refusals = ask_target(plan, migration, &survey, &mut link, &signals)?;
+    let (accepted, mut refusals) = ask_target(plan, migration, &survey, &mut link, &signals)?;
+    let hosts = PostCopyNeeds {
+        skeleton: cache.skeleton.works(),
+        lazy: accepted.lazy,
+    };
+    let chosen = if refusals.is_empty() {
+        choose_mode(plan.mode, hosts, untracked)
+    } else {
+        Ok((plan.mode, None))
+    };
+    let why = match chosen {
+        Ok((mode, why)) => {
+            report.mode = mode;
+            why
+        }
+        Err(NoMode::Refused(error)) => {
+            refusals.push(error.to_string());
+            None
+        }
+        Err(NoMode::Untracked(error)) => {
+            link.close(crate::wire::peer_error::PeerError::Done);
+            return Err(error.into());
+        }
+    };
     emit(answer_of_target(&link, &refusals));
     if !refusals.is_empty() {
         link.close(crate::wire::peer_error::PeerError::Done);
         return Ok(report.ended(Outcome::Refused { reasons: refusals }, began.elapsed()));
     }
+    emit(Event::Mode {
+        asked: plan.mode,
+        mode: report.mode,
+        why,
+    });
     if plan.dry_run {
         link.close(crate::wire::peer_error::PeerError::Done);
         return Ok(report.ended(Outcome::WouldMove, began.elapsed()));
@@ -162,7 +188,7 @@ pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<
     let prestart = Prestart {
         config: container.spec.to_string(),
         stdio: survey.stdio,
-        pages_apart: tracker.is_some(),
+        pages_apart: tracker.is_some() || report.mode == Mode::PostCopy,
     };
     let network_lock = if survey.speaks_tcp {
         NetworkLock::Nftables
@@ -176,6 +202,7 @@ pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<
     let mut handover = Handover::new(
         migration,
         plan,
+        report.mode,
         &runc,
         &container,
         journal,
@@ -221,10 +248,13 @@ pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<
             let last = done.rounds.last().map_or(0, |round| round.round);
             emit(Event::Freezing {
                 why: done.why,
-                expected_downtime: done.expected_downtime,
+                expected_downtime: done.predicted.downtime,
+                switch: done.switch,
+                predicted: done.predicted,
             });
+            let switch = done.switch;
             report.take_rounds(done);
-            handover.hand_over(last)
+            handover.hand_over(last, switch)
         }
         Err(RoundsError::Interrupted(event)) => handover.give_up(event, String::new()),
         Err(error) => handover.give_up(SourceEvent::LocalFailure, error.to_string()),
@@ -240,14 +270,52 @@ pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<
     Ok(report)
 }
 
-/// Asks the target whether the container can come. Returns why not; empty if it can.
+/// The tracker for the rounds, if there will be any. Where none works `auto` may yet do without: then the reason is returned.
+fn open_tracker(plan: &Plan, skeleton: bool) -> Result<OpenedTracker, TrackError> {
+    if !skeleton || plan.mode == Mode::PostCopy {
+        return Ok((None, None));
+    }
+    match Trackers::find().open(plan.tracker) {
+        Ok(tracker) => Ok((Some(tracker), None)),
+        Err(error) if plan.mode == Mode::Auto && plan.tracker.is_none() => Ok((None, Some(error))),
+        Err(error) => Err(error),
+    }
+}
+
+/// The mode these hosts can have, and why it is another than was asked for.
+fn choose_mode(
+    asked: Mode,
+    hosts: PostCopyNeeds,
+    untracked: Option<TrackError>,
+) -> Result<(Mode, Option<String>), NoMode> {
+    match (asked.between(hosts)?, untracked) {
+        // Only post-copy moves a container whose writes nobody sees and leaves its memory out of the downtime.
+        (Mode::Auto, Some(error)) => Ok((Mode::PostCopy, Some(one_line(&error)))),
+        (_, Some(error)) => Err(NoMode::Untracked(error)),
+        (mode, None) if mode != asked => Ok((mode, hosts.lacks().map(str::to_owned))),
+        (mode, None) => Ok((mode, None)),
+    }
+}
+
+/// Why there is no mode to move the container by.
+#[derive(Debug, Error)]
+enum NoMode {
+    #[error(transparent)]
+    Refused(#[from] NoSuchMode),
+    #[error(transparent)]
+    Untracked(TrackError),
+}
+
+type OpenedTracker = (Option<Box<dyn Tracker>>, Option<TrackError>);
+
+/// Asks the target whether the container can come. Returns what else it says, and why not; empty if it can.
 fn ask_target(
     plan: &Plan,
     migration: MigrationId,
     survey: &Survey,
     link: &mut Link,
     signals: &Receiver<Signal>,
-) -> Result<Vec<String>, RunError> {
+) -> Result<(Accepted, Vec<String>), RunError> {
     link.say(Begin {
         migration,
         container: plan.container.clone(),
@@ -255,12 +323,15 @@ fn ask_target(
         dry_run: plan.dry_run,
     })?;
     match signals.recv_timeout(PREFLIGHT_PATIENCE) {
-        Ok(Signal::Heard(Ok(Message::Accepted(_)))) => Ok(Vec::new()),
+        Ok(Signal::Heard(Ok(Message::Accepted(accepted)))) => Ok((accepted, Vec::new())),
         Ok(Signal::Heard(Ok(Message::Refused(refused)))) => {
             let line = |refusal: &crate::wire::message::Refusal| {
                 format!("{}: {}", refusal.code, refusal.text)
             };
-            Ok(refused.refusals.iter().map(line).collect())
+            Ok((
+                Accepted::default(),
+                refused.refusals.iter().map(line).collect(),
+            ))
         }
         Ok(Signal::Heard(Ok(other))) => {
             Err(RunError::NoAnswer(format!("it said {}", other.name())))
@@ -352,6 +423,13 @@ fn conclude(
     report.fill_after_release = ended
         .filled
         .map(|filled| Duration::from_micros(filled.after_release_us));
+    report.post_copy = (ended.owed_pages > 0).then_some(PostCopyReport {
+        owed_pages: ended.owed_pages,
+        faults: ended.faults,
+        bytes_wire: ended.bytes_owed,
+        last_page: ended.whole,
+    });
+    report.sent.bytes_wire += ended.bytes_owed;
     if let Some(duration) = report.fill_after_release {
         emit(Event::Filled { duration });
     }
@@ -370,6 +448,13 @@ fn conclude(
                 reason,
             }
         }
+        SourceState::Serving => {
+            emit(Event::Incomplete {
+                reason: reason.clone(),
+                how_to_go_on: format!("migrate resume --state-dir {}", plan.state_dir.display()),
+            });
+            Outcome::Incomplete { reason }
+        }
         _ => {
             emit(Event::Unknown {
                 reason: reason.clone(),
@@ -385,25 +470,25 @@ fn conclude(
 }
 
 impl Report {
-    fn new(
-        migration: MigrationId,
-        container: crate::migration::ContainerId,
-        target: String,
-    ) -> Report {
+    fn new(migration: MigrationId, plan: &Plan) -> Report {
         Report {
             migration,
-            container,
-            target,
+            container: plan.container.clone(),
+            target: plan.target.to_string(),
             outcome: Outcome::WouldMove,
             tracker: None,
+            mode: plan.mode,
             total: Duration::ZERO,
             rounds: Vec::new(),
             rounds_ended: None,
+            switch: None,
+            predicted: None,
             delta: None,
             sent: Sent::default(),
             memory_bytes: 0,
             downtime: None,
             fill_after_release: None,
+            post_copy: None,
             dump: None,
         }
     }
@@ -415,6 +500,8 @@ impl Report {
             .fold(Sent::default(), |sum, round| sum.plus(round.sent));
         self.rounds = done.rounds;
         self.rounds_ended = Some(done.why);
+        self.switch = Some(done.switch);
+        self.predicted = Some(done.predicted);
     }
 
     fn ended(mut self, outcome: Outcome, total: Duration) -> Report {

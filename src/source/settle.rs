@@ -6,6 +6,7 @@
 use super::link::{Link, LinkError};
 use super::plan::Plan;
 use super::remains::{self, LeftCopy};
+use super::resume::{Owed, Told};
 use crate::journal::{Journal, JournalDir, JournalError, JournalName};
 use crate::migration::event::Side;
 use crate::migration::handoff::source::SourceRecord;
@@ -26,6 +27,9 @@ use thiserror::Error;
 
 /// Between two questions to a target that does not know yet or cannot be reached.
 pub const PAUSE: Duration = Duration::from_millis(500);
+
+/// How long a target that is owed pages is looked for in one attempt to settle.
+const SERVING_ATTEMPT: Duration = Duration::from_secs(2);
 
 /// How long an answer may take.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
@@ -58,6 +62,13 @@ pub enum Settled {
     Committed,
     /// It goes on here.
     RolledBack,
+    /// The container lives at the target, which lacks pages and cannot be reached; they are kept here.
+    Incomplete {
+        /// What stood in the way, last.
+        reason: String,
+        /// How long the target was to be looked for when the migration began.
+        patience: Duration,
+    },
     /// The target has not said; the container stays frozen.
     Unknown {
         /// What stood in the way, last.
@@ -97,6 +108,8 @@ impl Question<'_> {
     fn meaning(&self, journal: JournalId, fate: Fate) -> SourceEvent {
         match fate {
             Fate::Committed => SourceEvent::TargetSaysCommitted,
+            // What is lost there is kept here: whether it is worth anything is for a person to say.
+            Fate::Serving | Fate::Lost => SourceEvent::TargetSaysServing,
             Fate::RolledBack => SourceEvent::TargetSaysRolledBack,
             Fate::InProgress => SourceEvent::TargetSaysPending,
             // "Never heard of it" proves something only from the journal that prepared it.
@@ -150,6 +163,26 @@ pub fn is_known(state_dir: &Path, migration: MigrationId) -> bool {
         side: Side::Source,
     };
     JournalDir::open(state_dir).is_ok_and(|journals| journals.file(name).exists())
+}
+
+/// Whether the container of this migration lives at the target and may lack pages that are kept here.
+pub fn is_serving(state_dir: &Path, migration: MigrationId) -> bool {
+    let name = JournalName {
+        migration,
+        side: Side::Source,
+    };
+    let records = JournalDir::open(state_dir).and_then(|journals| journals.read(name));
+    let Ok(Some(records)) = records else {
+        return false;
+    };
+    match journal::fold(&records) {
+        Ok(Recovered::Source(found)) => match found.last {
+            SourceRecord::Serving => true,
+            SourceRecord::Deciding => found.owing.is_some(),
+            _ => false,
+        },
+        _ => false,
+    }
 }
 
 /// Settles the migration `migration` from here, asking the target for at most `patience` if only it can know.
@@ -209,7 +242,7 @@ struct Recovery<'a> {
 
 impl Recovery<'_> {
     fn run(mut self, patience: Duration) -> Settled {
-        let deadline = Instant::now() + patience;
+        let began = Instant::now();
         let mut course = Course::<SourceState>::recover(self.recovered.last);
         while let Some(action) = course.next_action() {
             if let Some(event) = self.perform(action)
@@ -217,13 +250,22 @@ impl Recovery<'_> {
             {
                 tracing::error!(%impossible, "recovery stays where it is");
             }
-            if course.state() == SourceState::Unknown {
-                if Instant::now() > deadline {
-                    return Settled::Unknown {
-                        reason: self.reason,
+            let reason = || self.reason.clone();
+            match course.state() {
+                SourceState::Unknown if Instant::now() > began + patience => {
+                    return Settled::Unknown { reason: reason() };
+                }
+                // Served as long as it takes; who looks for a lost target goes on with another attempt, and leaves the
+                // journal to others in between.
+                SourceState::Serving if Instant::now() > began + SERVING_ATTEMPT => {
+                    let owing = self.recovered.owing.as_ref();
+                    return Settled::Incomplete {
+                        reason: reason(),
+                        patience: Duration::from_secs(owing.map_or(0, |owing| owing.reconnect_s)),
                     };
                 }
-                thread::sleep(PAUSE);
+                SourceState::Unknown | SourceState::Serving => thread::sleep(PAUSE),
+                _ => {}
             }
         }
         let work_dir = Plan::work_dir(self.state_dir, self.recovered.opened.migration);
@@ -253,6 +295,8 @@ impl Recovery<'_> {
                 self.reason = reason;
                 Some(event)
             }
+            SourceAction::RecordServing => self.write(&Record::Serving),
+            SourceAction::ServePages => Some(self.serve_pages()),
             SourceAction::ResumeContainer => {
                 // On record first: a hook that still holds the dump reads it and makes CRIU let go.
                 self.write(&Record::RolledBack);
@@ -294,6 +338,32 @@ impl Recovery<'_> {
             // The target learns from its own timer; the rest belongs to a migration on its way forward.
             _ => None,
         }
+    }
+
+    fn serve_pages(&mut self) -> SourceEvent {
+        let opened = &self.recovered.opened;
+        let Some(owing) = self.recovered.owing.as_ref().filter(|_| self.same_boot()) else {
+            self.reason = "this host was restarted: the pages the copy lacks are lost".into();
+            return SourceEvent::TargetUnreachable;
+        };
+        let owed = Owed {
+            state_dir: self.state_dir,
+            target: &opened.peer,
+            migration: opened.migration,
+            owing,
+        };
+        let (event, reason) = owed.serve(&mut |told| match told {
+            Told::Connected => {
+                tracing::info!(migration = %opened.migration, "serving owed pages")
+            }
+            Told::Progress(progress) => tracing::debug!(?progress, "serving owed pages"),
+            Told::Whole(_) => {
+                tracing::info!(migration = %opened.migration, "the copy has every page")
+            }
+        });
+        tracing::info!(%reason, "served owed pages");
+        self.reason = reason;
+        event
     }
 
     fn write(&mut self, record: &Record) -> Option<SourceEvent> {

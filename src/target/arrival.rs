@@ -12,7 +12,9 @@
 //! Who may run the container is decided by the table of [`crate::migration::handoff`] alone; this file carries it out.
 
 mod copy;
+mod owed;
 
+use super::owing::Owing;
 use super::page_store::{PageStore, PageStoreLimits};
 use super::pager::{PagerEvent, PagerHandle};
 use super::receive::Receiver;
@@ -78,7 +80,14 @@ pub struct Host {
 #[derive(Debug)]
 pub enum Signal {
     /// The source, or the end of the connection to it.
-    Heard(Result<Message, TransportError>),
+    Heard {
+        /// On which connection: 0 is the first. What comes late from one that was replaced is of no interest.
+        link: u32,
+        /// What was said.
+        said: Result<Message, TransportError>,
+    },
+    /// The source is back on another connection and has what the copy is owed.
+    Resume(Resumption),
     /// CRIU holds the restored copy.
     Hook(WaitingHook),
     /// A hook that was held is gone without an answer.
@@ -89,6 +98,22 @@ pub enum Signal {
     Query(Sender<Fate>),
 }
 
+/// A connection that takes the place of a lost one.
+pub struct Resumption {
+    /// The connection.
+    pub connection: Connection,
+    /// Where the answer goes, and all that is said later.
+    pub control: ControlSender,
+    /// Reads what the source says there, and sends it on as coming from the link of this number.
+    pub listen: Box<dyn FnOnce(u32) + Send>,
+}
+
+impl std::fmt::Debug for Resumption {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Resumption by {}", self.connection.peer().name)
+    }
+}
+
 /// One arrival.
 pub struct Arrival<'a> {
     host: &'a Host,
@@ -96,6 +121,9 @@ pub struct Arrival<'a> {
     journal: Journal,
     journal_id: JournalId,
     control: Option<ControlSender>,
+    /// The connection that `control` is on, and its number.
+    connection: Connection,
+    link: u32,
     runtime: Handle,
     signals: Signals<Signal>,
     signal: Sender<Signal>,
@@ -114,6 +142,10 @@ pub struct Arrival<'a> {
     pager: Option<PagerHandle>,
     /// The pager holds every userfaultfd.
     armed: bool,
+    /// What the copy is owed; `None` unless it runs before it is whole.
+    owing: Option<Owing>,
+    /// The copy ended because its pages were lost.
+    lost: bool,
     deadline: Option<Instant>,
     reason: Option<(PeerError, String)>,
     manifest: Option<Manifest>,
@@ -207,6 +239,8 @@ impl<'a> Arrival<'a> {
             journal,
             journal_id: journals.id(),
             control: Some(control),
+            connection: connection.clone(),
+            link: 0,
             runtime: runtime.clone(),
             signals,
             signal,
@@ -223,6 +257,8 @@ impl<'a> Arrival<'a> {
             restore: None,
             pager: None,
             armed: false,
+            owing: None,
+            lost: false,
             deadline: None,
             reason: None,
             manifest: None,
@@ -242,7 +278,12 @@ impl<'a> Arrival<'a> {
             let event = match self.course.next_action() {
                 Some(action) => self.perform(action),
                 None if self.course.state() == TargetState::Aborted => break,
-                None if self.course.state() == TargetState::Released && self.filled => break,
+                None if self.course.state() == TargetState::Released
+                    && self.filled
+                    && (self.lost || self.owing.as_ref().is_none_or(Owing::is_over)) =>
+                {
+                    break;
+                }
                 None => self.next_event(),
             };
             if let Some(event) = event {
@@ -294,7 +335,9 @@ impl<'a> Arrival<'a> {
             self.because(PeerError::ReceiveFailed, error.to_string());
             return Some(TargetEvent::LocalFailure);
         }
-        self.restore_ended().or_else(|| self.pager_event())
+        self.restore_ended()
+            .or_else(|| self.pager_event())
+            .or_else(|| self.owing_event())
     }
 
     fn restore_ended(&mut self) -> Option<TargetEvent> {
@@ -358,8 +401,17 @@ impl<'a> Arrival<'a> {
 
     fn event_of(&mut self, signal: Signal) -> Option<TargetEvent> {
         match signal {
-            Signal::Heard(Ok(message)) => self.event_of_message(message),
-            Signal::Heard(Err(error)) => {
+            Signal::Heard { link, .. } if link != self.link => None,
+            Signal::Heard {
+                said: Ok(message), ..
+            } => self.event_of_message(message),
+            Signal::Resume(resumption) => {
+                self.resume(resumption);
+                None
+            }
+            Signal::Heard {
+                said: Err(error), ..
+            } => {
                 self.control = None;
                 tracing::info!(%error, state = ?self.course.state(), "the source is gone");
                 self.reason
@@ -475,11 +527,15 @@ impl<'a> Arrival<'a> {
                     resume_us: micros(self.times.resume),
                     fill_us: 0,
                 });
-                self.answer(Fate::Committed);
+                self.answer(self.fate());
                 None
             }
             TargetAction::KillCopy => {
                 tracing::error!(container = %self.begin.container, "its missing pages are lost: the container is killed");
+                self.lost = self.owing.as_ref().is_some_and(|owing| !owing.is_whole());
+                if let Some(owing) = &mut self.owing {
+                    owing.detach();
+                }
                 self.copy().kill();
                 None
             }

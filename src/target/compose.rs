@@ -9,6 +9,8 @@
 //!  in the parent          any other         data, taken from the store
 //! ```
 //!
+//! In post-copy pages of the second kind may still be owed; one of the third kind may not.
+//!
 //! A page that is in the parent and was never received fails the composing: it is proven here, before anything is
 //! committed, that no byte is missing. Pages in the store that no process has any more are dropped from it.
 
@@ -81,7 +83,10 @@ pub fn compose(
     let mut pagemap = read(&pagemap_path, Pagemap::parse)?;
     let mappings = read(&images.join(format!("mm-{vpid}.img")), Mappings::parse)?;
     let wanted: PageSet = pagemap.in_parent().collect();
-    let missing = store.missing(space, &wanted);
+    let mut lazy = mappings.vmas;
+    lazy.retain(|vma| vma.lazy && delivery == Delivery::Lazy);
+    let mut missing = store.missing(space, &wanted);
+    missing.extend(&owed_for_ever(&store.owed(space), &wanted, &lazy));
     if let Some(first) = missing.iter().next() {
         return Err(ComposeError::Missing {
             vpid,
@@ -89,8 +94,6 @@ pub fn compose(
             first,
         });
     }
-    let mut lazy = mappings.vmas;
-    lazy.retain(|vma| vma.lazy && delivery == Delivery::Lazy);
 
     let pages_path = images.join(format!("pages-{}.img", pagemap.pages_id));
     let composed_path = images.join(format!("pages-{}.img.composed", pagemap.pages_id));
@@ -141,6 +144,18 @@ pub fn compose(
     fs::rename(&composed_path, &pages_path).map_err(at(&pages_path))?;
     store.retain(space, &delivered.iter().copied().collect())?;
     Ok(delivered)
+}
+
+/// Owed pages that nothing would wait for: those outside of mappings that are restored lazily.
+fn owed_for_ever(owed: &PageSet, wanted: &PageSet, lazy: &[MappedArea]) -> PageSet {
+    let mut for_ever: PageSet = wanted
+        .iter()
+        .flat_map(|range| owed.intersecting(range))
+        .collect();
+    for vma in lazy {
+        for_ever.remove(vma.range);
+    }
+    for_ever
 }
 
 /// `range` cut at the borders of the lazy mappings, in order; whether each part is in one.
@@ -271,7 +286,7 @@ mod tests {
                 RunContent::Data => (pages.start().0..pages.end().0)
                     .flat_map(|page| vec![page as u8; 4096])
                     .collect(),
-                RunContent::Zero | RunContent::Owed => Vec::new(),
+                RunContent::Zero | RunContent::Owed | RunContent::Same(_) => Vec::new(),
             };
             store
                 .place(SPACE, &[PageRun { pages, content }], &payload)
@@ -370,6 +385,33 @@ mod tests {
         let missing = compose(directory.path(), 1, SPACE, &store, Delivery::Lazy);
         assert!(
             matches!(missing, Err(ComposeError::Missing { vpid: 1, pages: 1, first }) if first == range(18, 1))
+        );
+    }
+
+    #[test]
+    fn an_owed_page_may_only_be_one_that_is_restored_lazily() {
+        let pages = |second| {
+            [
+                (range(17, 1), RunContent::Data),
+                (range(18, 1), RunContent::Owed),
+                (range(19, 2), second),
+            ]
+        };
+        let directory = skeleton();
+        let whole = store(&pages(RunContent::Data));
+        let lazy = compose(directory.path(), 1, SPACE, &whole, Delivery::Lazy).unwrap();
+        assert_eq!(lazy, [range(17, 2)]);
+        assert_eq!(whole.owed(SPACE), [range(18, 1)].into_iter().collect());
+
+        let locked = store(&pages(RunContent::Owed));
+        let refused = compose(skeleton().path(), 1, SPACE, &locked, Delivery::Lazy);
+        assert!(
+            matches!(refused, Err(ComposeError::Missing { pages: 2, first, .. }) if first == range(19, 2))
+        );
+        let whole = store(&pages(RunContent::Data));
+        let refused = compose(skeleton().path(), 1, SPACE, &whole, Delivery::InImages);
+        assert!(
+            matches!(refused, Err(ComposeError::Missing { pages: 1, first, .. }) if first == range(18, 1))
         );
     }
 

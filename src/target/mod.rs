@@ -14,10 +14,11 @@
 pub mod arrival;
 pub mod arrivals;
 pub mod compose;
+mod owing;
 pub mod page_store;
 pub mod pager;
-pub mod preflight;
 pub mod post_copy;
+pub mod preflight;
 mod processor;
 pub mod receive;
 pub mod remains;

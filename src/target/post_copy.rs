@@ -325,6 +325,7 @@ impl Books {
                     RunKind::Data => RunContent::Data,
                     RunKind::Zero => RunContent::Zero,
                     RunKind::Owed => RunContent::Owed,
+                    RunKind::Same(origin) => RunContent::Same(origin),
                 },
             })
             .collect();

@@ -68,6 +68,8 @@ pub fn fate(
         return Ok(None);
     }
     Ok(Some(match recovered.last {
+        // Nobody is left to take the pages in: the copy was given up with some missing.
+        TargetRecord::Released if !recovered.owed.is_empty() => Fate::Lost,
         TargetRecord::Released => Fate::Committed,
         TargetRecord::Aborted => Fate::RolledBack,
         TargetRecord::Opened | TargetRecord::Prepared | TargetRecord::Committed => Fate::InProgress,

@@ -18,7 +18,11 @@
 //!  Commit         ──────▶  Committed, later Filled; or RolledBack
 //!  Abort          ──────▶  RolledBack             at any time before Commit
 //!  Query          ──────▶  Outcome                on a connection of its own
+//!  Resume         ──────▶  Resumed, later Whole; or Outcome      the same
 //! ```
+//!
+//! In post-copy the copy runs before it has every page: `Whole` comes some time after `Committed`, or never on this
+//! connection; then the source connects again and says `Resume`.
 //!
 //! What the types in [`body`] promise is checked when a message is read and again when one is written.
 
@@ -168,6 +172,7 @@ messages! {
     5 Commit "Source: from here on only the target may run the container."
     6 Abort "Source: the migration ends, the container goes on at the source."
     7 Query "Source: what became of this migration?"
+    8 Resume "Source: this connection takes the place of a lost one; which pages are still owed?"
     101 Accepted "Target: the container may come."
     102 Refused "Target: the container may not come."
     103 RoundReceived "Target: every frame of the round is in the page store."
@@ -176,6 +181,8 @@ messages! {
     106 RolledBack "Target: nothing of the container is left here."
     107 Outcome "Target: what became of a migration."
     108 Filled "Target: every page is in its place."
+    109 Whole "Target: every owed page has arrived."
+    110 Resumed "Target: go on sending owed pages."
 }
 
 impl Message {

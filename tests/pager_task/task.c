@@ -4,6 +4,7 @@
  * it does what it is told on file descriptor 1, one line a command, one line an answer.
  *
  * usage: task VPID BASE PAGES DELAY_MS     BASE: address in hex; DELAY_MS: between handing over and registering
+ *        task connect SOCKET               connects; exit code 0: nothing was said to it before the end
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -17,6 +18,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -241,8 +243,21 @@ static void stress(long ops)
 	free(home);
 }
 
+static int connects_in_vain(const char *path)
+{
+	struct sockaddr_un address = {.sun_family = AF_UNIX};
+	char byte;
+	int sock = socket(AF_UNIX, SOCK_STREAM, 0);
+	strncpy(address.sun_path, path, sizeof(address.sun_path) - 1);
+	if (sock < 0 || connect(sock, (struct sockaddr *)&address, sizeof(address)))
+		return 2;
+	return read(sock, &byte, 1) > 0;
+}
+
 int main(int argc, char **argv)
 {
+	if (argc == 3 && !strcmp(argv[1], "connect"))
+		return connects_in_vain(argv[2]);
 	if (argc != 5)
 		return 2;
 	int vpid = atoi(argv[1]);
@@ -322,6 +337,35 @@ int main(int argc, char **argv)
 				dprintf(1, "wrong in the child\n");
 			else
 				answer_wrong(first_wrong(a, b, ZERO));
+		} else if (sscanf(line, "forkboth %ld %ld", &a, &b) == 2) {
+			/* Parent and child look at the same pages at the same time. */
+			pid_t child = fork();
+			if (child < 0)
+				die("fork");
+			if (!child)
+				_exit(first_wrong(a, b, a) >= 0);
+			long wrong = first_wrong(a, b, a);
+			if (wait_for(child))
+				dprintf(1, "wrong in the child\n");
+			else
+				answer_wrong(wrong);
+		} else if (sscanf(line, "forkmany %ld %ld", &a, &b) == 2) {
+			/* So many children look at one page each, b pages apart. */
+			int wrong = 0;
+			for (long i = 0; i < a; i++) {
+				pid_t child = fork();
+				if (child < 0)
+					die("fork");
+				if (!child)
+					_exit(differs(i * b, i * b));
+			}
+			for (long i = 0; i < a; i++) {
+				int status;
+				if (wait(&status) < 0)
+					die("wait");
+				wrong |= status;
+			}
+			dprintf(1, wrong ? "wrong in a child\n" : "ok\n");
 		} else if (sscanf(line, "latency %ld %ld", &a, &b) == 2) {
 			rng = b;
 			latency(a);

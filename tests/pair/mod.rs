@@ -118,6 +118,12 @@ impl<'h> Pair<'h> {
         })
     }
 
+    /// The agent that was started on a host.
+    pub fn agent_of(&self, host: &Host) -> &Running {
+        let second = std::ptr::eq(host, self.b);
+        &self.agents[usize::from(second)].0
+    }
+
     /// What the agents wrote so far.
     pub fn agents_said(&self) -> String {
         self.agents

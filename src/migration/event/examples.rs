@@ -50,6 +50,7 @@ fn the_examples_leave_no_event_out() {
     // A new variant makes this match incomplete: give it an example and count it.
     let count = match Event::CommitSent {
         Event::Started { .. }
+        | Event::Mode { .. }
         | Event::Preflight { .. }
         | Event::Tracking { .. }
         | Event::Rootfs { .. }
@@ -63,10 +64,15 @@ fn the_examples_leave_no_event_out() {
         | Event::Prepared { .. }
         | Event::CommitSent
         | Event::Committed { .. }
+        | Event::Serving { .. }
+        | Event::LinkLost { .. }
+        | Event::LinkBack { .. }
+        | Event::Whole { .. }
+        | Event::Incomplete { .. }
         | Event::RolledBack { .. }
         | Event::Unknown { .. }
         | Event::Filled { .. }
-        | Event::Done { .. } => 18,
+        | Event::Done { .. } => 24,
     };
     assert_eq!(kinds.len(), count);
 }
@@ -123,20 +129,29 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
         commit: ms(6.2),
         resume: ms(5.5),
     };
+    let predicted = Prediction {
+        downtime: ms(184.5),
+        total: ms(2996.6),
+        last_page: None,
+    };
     let report = Report {
         migration: migration(),
         container: "web".parse().expect("a container id"),
         target: "10.0.0.2:7070".into(),
         outcome: Outcome::Moved,
         tracker: Some(Tracker::UffdWp),
+        mode: Mode::Auto,
         total: ms(2960.0),
         rounds: vec![first.clone()],
         rounds_ended: Some(FreezeReason::Converged),
+        switch: Some(Switch::PreCopy),
+        predicted: Some(predicted),
         delta: Some(delta()),
         sent: first.sent.plus(delta().sent),
         memory_bytes: 2147483648,
         downtime: Some(downtime),
         fill_after_release: Some(ms(240.0)),
+        post_copy: None,
         dump: Some(DumpKind::Skeleton),
     };
     let events = vec![
@@ -166,6 +181,14 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
                         fix: Some("free some memory or choose another target".into()),
                     },
                 ],
+            },
+        ),
+        (
+            41.3,
+            Event::Mode {
+                asked: Mode::Auto,
+                mode: Mode::Auto,
+                why: None,
             },
         ),
         (
@@ -209,6 +232,8 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
             Event::Freezing {
                 why: FreezeReason::Converged,
                 expected_downtime: ms(184.5),
+                switch: Switch::PreCopy,
+                predicted,
             },
         ),
         (2815.0, Event::Frozen { duration: ms(2.9) }),
@@ -234,6 +259,40 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
             2930.5,
             Event::Committed {
                 downtime: ms(118.4),
+            },
+        ),
+        (
+            3130.5,
+            Event::Serving {
+                pages_left: 12800,
+                bytes_wire: 9437184,
+                faults: 211,
+            },
+        ),
+        (
+            3400.0,
+            Event::LinkLost {
+                reason: "the connection timed out".into(),
+                patience: ms(300000.0),
+            },
+        ),
+        (
+            8420.0,
+            Event::LinkBack {
+                duration: ms(5020.0),
+            },
+        ),
+        (
+            8950.0,
+            Event::Whole {
+                duration: ms(6019.5),
+            },
+        ),
+        (
+            308420.0,
+            Event::Incomplete {
+                reason: "the connection timed out".into(),
+                how_to_go_on: "migrate resume".into(),
             },
         ),
         (

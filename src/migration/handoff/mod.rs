@@ -13,6 +13,15 @@
 //!  (kills its frozen copy)
 //! ```
 //!
+//! In post-copy the copy is released before it is whole, and the frozen container at the source keeps what is missing:
+//!
+//! ```text
+//!  CommitSent ── commit ───────────────────▶ Committing, Releasing
+//!  Serving ◀───────────────────── serving ──  Released
+//!  Serving ── owed pages ──────────────────▶  Released: every page has arrived
+//!  Committed ◀──────────────── committed ──   (a lost answer is asked for again)
+//! ```
+//!
 //! The rules the tables hold, and the tests prove by walking every interleaving with lost messages and a crash
 //! after every single action:
 //!
@@ -34,6 +43,9 @@
 //!    go, anything else means fail the restore. So the record decides, not who is alive to read it. Hook and
 //!    recovery agree on what happened by a mark the hook leaves before the first task can run
 //!    ([`TargetEvent::FoundNeverRan`]).
+//!
+//! 8. **What is frozen at the source dies only when the target said that it needs no page of it any more.** While it
+//!    serves, no failure here rolls anything back: the copy at the target has run.
 //!
 //! What is not covered: a disk that loses what `fdatasync` promised; and at the target the death, at once, of
 //! agent, host and copy between release and answer: the copy ran and died with its host, the answer after the

@@ -1,4 +1,7 @@
 //! The source's side of the handover: from copying to committed, rolled back or unknown.
+//!
+//! In post-copy the copy at the target runs before it is whole. Then *committed* is not the end here: the frozen container
+//! holds the only copy of the pages still owed, so the source goes through `Serving` until the target says that it has all.
 
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +31,8 @@ pub enum SourceState {
     CommitSent,
     /// The target's word is missing. The container stays frozen; the target is asked until it answers.
     Unknown,
+    /// The copy at the target runs and waits for pages that only the frozen container here has.
+    Serving,
     /// The copy at the target runs. What is frozen here must die.
     Committed,
     /// The container goes on here.
@@ -53,7 +58,9 @@ pub enum SourceEvent {
     RecordWritten,
     /// The record asked for could not be written; it may be on disk all the same.
     RecordFailed,
-    /// The target: the copy runs.
+    /// The target: the copy runs, and pages are missing that only this host has.
+    TargetSaysServing,
+    /// The target: the copy runs and is whole, or needs nothing from here any more.
     TargetSaysCommitted,
     /// The target: there is no copy and there never will be.
     TargetSaysRolledBack,
@@ -106,6 +113,11 @@ pub enum SourceAction {
     SendCommit,
     /// After a pause, connect if need be and ask the target how the migration ended.
     AskTarget,
+    /// Write `serving` durably: the copy runs, what is frozen here must stay.
+    RecordServing,
+    /// Send the owed pages; connect again first if the connection is lost. Answers with what the target says, or that it
+    /// cannot be reached.
+    ServePages,
     /// Write `committed` durably.
     RecordCommitted,
     /// Make every task of the frozen container die: exit 0 to a hook that still holds, else SIGKILL to the whole
@@ -130,7 +142,9 @@ pub enum SourceRecord {
     Opened,
     /// Commit may have been sent.
     Deciding,
-    /// The target's copy runs.
+    /// The target's copy runs and is owed pages.
+    Serving,
+    /// The target's copy runs and is whole.
     Committed,
     /// The container went on here.
     RolledBack,
@@ -149,6 +163,7 @@ impl SourceState {
         At::Deciding,
         At::CommitSent,
         At::Unknown,
+        At::Serving,
         At::Committed,
         At::RolledBack,
     ];
@@ -169,6 +184,7 @@ impl SourceState {
         let (state, actions): (SourceState, &'static [SourceAction]) = match record {
             SourceRecord::Opened => (At::RolledBack, &[Do::ResumeContainer, Do::RecordRolledBack]),
             SourceRecord::Deciding => (At::Unknown, &[Do::AskTarget]),
+            SourceRecord::Serving => (At::Serving, &[Do::ServePages]),
             SourceRecord::Committed => (At::Committed, &[Do::DestroyFrozenCopy, Do::RecordClosed]),
             SourceRecord::RolledBack => (At::RolledBack, &[]),
             SourceRecord::Closed => (At::Committed, &[]),
@@ -218,6 +234,7 @@ impl SourceEvent {
         On::HoldBroken,
         On::RecordWritten,
         On::RecordFailed,
+        On::TargetSaysServing,
         On::TargetSaysCommitted,
         On::TargetSaysRolledBack,
         On::TargetSaysPending,
@@ -283,6 +300,11 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
     },
     Row {
         from: &[At::CommitSent, At::Unknown],
+        on: &[On::TargetSaysServing],
+        then: Then::Go(At::Serving, &[Do::RecordServing, Do::ServePages]),
+    },
+    Row {
+        from: &[At::CommitSent, At::Unknown, At::Serving],
         on: &[On::TargetSaysCommitted],
         then: Then::Go(
             At::Committed,
@@ -305,6 +327,7 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
             On::Timeout,
             On::TargetSaysRolledBack,
             // Answers to a question nobody asked: the target breaks the protocol.
+            On::TargetSaysServing,
             On::TargetSaysCommitted,
             On::TargetSaysPending,
             On::TargetNeverHeard,
@@ -402,6 +425,54 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
         on: &[On::TargetPrepared],
         then: Then::Ignore("said before"),
     },
+    // The copy runs at the target; the pages it lacks are here. Whatever happens, what is frozen here stays.
+    Row {
+        from: &[At::Serving],
+        on: &[
+            On::PeerLost,
+            On::PeerRefused,
+            On::TargetUnreachable,
+            On::TargetSaysPending,
+            On::TargetNeverHeard,
+            On::TargetJournalLost,
+        ],
+        then: Then::Go(At::Serving, &[Do::ServePages]),
+    },
+    Row {
+        from: &[At::Serving],
+        on: &[On::TargetSaysServing, On::TargetPrepared],
+        then: Then::Ignore("said before"),
+    },
+    Row {
+        from: &[At::Serving],
+        on: &[On::Timeout, On::UserCancelled],
+        then: Then::Ignore(
+            "the process may leave, the container stays frozen; the guard and `migrate resume` go on serving",
+        ),
+    },
+    Row {
+        from: &[At::Serving],
+        on: &[On::RecordWritten, On::RecordFailed],
+        then: Then::Ignore("recovery asks the target again and gets the same answer"),
+    },
+    Row {
+        from: &[At::Serving],
+        on: &[
+            On::CriuFailed,
+            On::HookLost,
+            On::HoldBroken,
+            On::LocalFailure,
+            On::ContainerExited,
+        ],
+        then: Then::Ignore("the cgroup freezer holds what is left, and only the target may run"),
+    },
+    Row {
+        from: &[At::Serving],
+        on: &[On::TargetSaysRolledBack],
+        then: Then::Impossible(
+            "the target said before that its copy runs, and keeps that on record",
+        ),
+    },
     // Settled: late news changes nothing, but nothing may be left frozen.
     Row {
         from: &[At::RolledBack],
@@ -444,7 +515,7 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
     },
     Row {
         from: &[At::Committed],
-        on: &[On::TargetSaysCommitted],
+        on: &[On::TargetSaysCommitted, On::TargetSaysServing],
         then: Then::Ignore("said before"),
     },
     Row {
@@ -458,7 +529,7 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
     },
     Row {
         from: &[At::RolledBack],
-        on: &[On::TargetSaysCommitted],
+        on: &[On::TargetSaysCommitted, On::TargetSaysServing],
         then: Then::Impossible(
             "the source rolls back only if commit was never sent or the target said it never will run",
         ),
@@ -484,6 +555,7 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
             At::Deciding,
             At::CommitSent,
             At::Unknown,
+            At::Serving,
         ],
         on: &[On::FreezeOrdered],
         then: Then::Impossible("the freeze is ordered once, to end the rounds"),
@@ -497,6 +569,7 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
             At::Deciding,
             At::CommitSent,
             At::Unknown,
+            At::Serving,
             At::Committed,
         ],
         on: &[On::CgroupFrozen],
@@ -511,6 +584,7 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
             At::Deciding,
             At::CommitSent,
             At::Unknown,
+            At::Serving,
         ],
         on: &[On::FreezeFailed],
         then: Then::Impossible(
@@ -526,6 +600,7 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
             At::Deciding,
             At::CommitSent,
             At::Unknown,
+            At::Serving,
             At::Committed,
         ],
         on: &[On::HoldReached],
@@ -540,6 +615,7 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
             At::Deciding,
             At::CommitSent,
             At::Unknown,
+            At::Serving,
         ],
         on: &[On::HoldConfirmed],
         then: Then::Impossible("the hold is looked at once, in Prepared"),

@@ -10,7 +10,7 @@ use crate::criu::hook::WaitingHook;
 use crate::criu::options::NetworkLock;
 use crate::criu::skeleton::Claim;
 use crate::kernel::interruption::pages_of_time_left;
-use crate::kernel::maps::VmaKind;
+use crate::kernel::maps::{Vma, VmaKind};
 use crate::memory::{PAGE_SIZE, PageSet, SpaceId};
 use crate::migration::event::Event;
 use crate::migration::handoff::{SourceEvent, SourceState};
@@ -18,10 +18,10 @@ use crate::migration::phase::Mark;
 use crate::migration::report::{DumpKind, RoundReport, Sent};
 use crate::runtime::Task;
 use crate::source::preflight;
-use crate::source::residue::residue;
+use crate::source::residue::{residue, take_lazy};
 use crate::source::rootfs::FileId;
 use crate::source::send::{FrameSink, PagesToSend, Progress, Sender};
-use crate::source::tracker::{Motion, SpaceScan, TrackerKind, mapped};
+use crate::source::tracker::{Motion, SpaceScan, TrackerKind, unwatched};
 use crate::wire::message::{ImageFile, Manifest, SpaceOwner};
 use crate::wire::path::RelativePath;
 use std::collections::{BTreeMap, BTreeSet};
@@ -74,7 +74,12 @@ impl<S: FrameSink> Handover<'_, S> {
             .as_ref()
             .is_some_and(|tracker| tracker.kind() == TrackerKind::UffdWp);
         if side_by_side {
-            self.let_dump_look(&mapped(&tasks).map_err(|error| text(&error))?)?;
+            let spaces = unwatched(&tasks).map_err(|error| text(&error))?;
+            let claims: Vec<Claim> = spaces.iter().map(claim).collect();
+            self.let_dump_look(&claims)?;
+        }
+        if self.tracker.is_none() && self.is_post_copy() {
+            self.scans = unwatched(&tasks).map_err(|error| text(&error))?;
         }
         if let Some(tracker) = &mut self.tracker {
             self.scans = tracker
@@ -112,6 +117,16 @@ impl<S: FrameSink> Handover<'_, S> {
             }
             pages.subtract(&held_back);
             self.held_back.insert(scan.space, held_back);
+            if self.is_post_copy() {
+                let later: PageSet = scan
+                    .vmas
+                    .iter()
+                    .filter(|vma| may_be_lazy(vma))
+                    .flat_map(|vma| pages.intersecting(vma.range))
+                    .collect();
+                pages.subtract(&later);
+                self.put_off.insert(scan.space, later);
+            }
             to_send.push(PagesToSend {
                 space: scan.space,
                 pid: scan.pid,
@@ -187,12 +202,33 @@ impl<S: FrameSink> Handover<'_, S> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let images = self.dump.as_ref().ok_or("there is no dump")?.images();
         let mut to_send = Vec::new();
+        let mut owed = Vec::new();
         let sender = self.sender.as_ref().ok_or("the page streams are gone")?;
         for scan in &self.scans {
             let none = PageSet::new();
             let held_back = self.held_back.get(&scan.space).unwrap_or(&none);
-            let pages = residue(&images, scan.vpid, sender.sent(scan.space), held_back)
+            let mut there = sender.sent(scan.space).cloned().unwrap_or_default();
+            there.subtract(self.put_off.get(&scan.space).unwrap_or(&none));
+            let mut pages = residue(&images, scan.vpid, Some(&there), held_back)
                 .map_err(|error| text(&error))?;
+            if self.is_post_copy() {
+                // What is held back is little, and what threads touch first when they go on.
+                let now: PageSet = held_back
+                    .iter()
+                    .flat_map(|range| pages.intersecting(range))
+                    .collect();
+                pages.subtract(&now);
+                let later =
+                    take_lazy(&images, scan.vpid, &mut pages).map_err(|error| text(&error))?;
+                pages.extend(&now);
+                if !later.is_empty() {
+                    owed.push(PagesToSend {
+                        space: scan.space,
+                        pid: scan.pid,
+                        pages: later,
+                    });
+                }
+            }
             if !pages.is_empty() {
                 to_send.push(PagesToSend {
                     space: scan.space,
@@ -206,6 +242,12 @@ impl<S: FrameSink> Handover<'_, S> {
             .send(&to_send, &Progress::default())
             .map_err(|error| text(&error))?;
         self.add_to_delta(sent, start.elapsed());
+        self.pages()?
+            .owe(&owed_spaces(&owed))
+            .map_err(|error| text(&error))?;
+        let owed_pages = owed.iter().map(|owed| owed.pages.pages()).sum();
+        self.owed = owed;
+        self.ended.owed_pages = owed_pages;
 
         let image_files = list_images(&images).map_err(|error| text(&error))?;
         let pages_dumped = image_files
@@ -222,6 +264,8 @@ impl<S: FrameSink> Handover<'_, S> {
                 .collect(),
             image_files,
             frames_per_stream: self.pages()?.frames(),
+            owed_pages,
+            reconnect_s: u32::try_from(self.plan.reconnect_timeout.as_secs()).unwrap_or(u32::MAX),
         };
         let link = self
             .link
@@ -231,8 +275,9 @@ impl<S: FrameSink> Handover<'_, S> {
         let bytes_images = link
             .send_files(&images, &names)
             .map_err(|error| text(&error))?;
+        self.start_service()?;
         self.mark(Mark::ImagesSent);
-        let dump = if self.tracker.is_some() {
+        let dump = if self.tracker.is_some() || self.is_post_copy() {
             DumpKind::Skeleton
         } else {
             DumpKind::Full
@@ -284,6 +329,22 @@ impl<S: FrameSink> Handover<'_, S> {
         delta.sent = delta.sent.plus(sent);
         delta.duration += duration;
     }
+}
+
+fn owed_spaces(owed: &[PagesToSend]) -> Vec<(SpaceId, PageSet)> {
+    owed.iter()
+        .map(|owed| (owed.space, owed.pages.clone()))
+        .collect()
+}
+
+/// Whether CRIU may be able to restore a mapping through userfaultfd. Its images have the last word ([`take_lazy`]): locked
+/// memory cannot be told from other memory here.
+fn may_be_lazy(vma: &Vma) -> bool {
+    let anonymous = matches!(
+        vma.kind,
+        VmaKind::Anonymous | VmaKind::Heap | VmaKind::Stack
+    );
+    anonymous && !vma.shared
 }
 
 /// What the synthetic parent has of a scanned process.

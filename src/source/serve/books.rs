@@ -3,6 +3,7 @@
 //! Enters: the owed pages, what the target wants and what it misses. Leaves: batches of pages to read and send. Does no
 //! I/O; what a target says is checked against what it can know.
 
+use crate::kernel::maps::{self, FileKinds};
 use crate::kernel::process_memory::{ProcessMemory, ReadError};
 use crate::memory::{PageNumber, PageRange, PageSet, SpaceId};
 use crate::source::send::PagesToSend;
@@ -86,7 +87,7 @@ impl Books {
             if pages.is_empty() {
                 continue;
             }
-            let memory = ProcessMemory::open(pid).map_err(|source| (pid, source))?;
+            let memory = ProcessMemory::open_shared(pid).map_err(|source| (pid, source))?;
             let owed = spaces.entry(space).or_insert_with(|| Owed {
                 memory: Arc::new(memory),
                 all: PageSet::new(),
@@ -104,6 +105,25 @@ impl Books {
             next: START,
             listing: Some(START),
         })
+    }
+
+    /// Books over frozen processes of which only the target knows what they owe: it may list any of their pages.
+    pub fn resume(processes: &[(SpaceId, i32)]) -> Result<Books, (i32, ReadError)> {
+        let mut kinds = FileKinds::default();
+        let mut pages = Vec::with_capacity(processes.len());
+        for &(space, pid) in processes {
+            let maps = maps::read(pid, &mut kinds).map_err(|_| (pid, ReadError::Exited { pid }))?;
+            pages.push(PagesToSend {
+                space,
+                pid,
+                pages: maps.iter().map(|vma| vma.range).collect(),
+            });
+        }
+        let mut books = Books::new(pages)?;
+        for owed in books.spaces.values_mut() {
+            owed.sent = std::mem::take(&mut owed.left);
+        }
+        Ok(books)
     }
 
     /// Pages that still have to be sent.

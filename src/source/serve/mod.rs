@@ -143,7 +143,22 @@ impl PageServer {
         pages: Vec<PagesToSend>,
         compression: Compression,
     ) -> Result<PageServer, ServeError> {
-        let books = Books::new(pages).map_err(|(pid, source)| ServeError::Read { pid, source })?;
+        Self::over(Books::new(pages), compression)
+    }
+
+    /// A server in place of one that is gone: what these processes still owe the target will say.
+    pub fn resume(
+        processes: &[(SpaceId, i32)],
+        compression: Compression,
+    ) -> Result<PageServer, ServeError> {
+        Self::over(Books::resume(processes), compression)
+    }
+
+    fn over(
+        books: Result<Books, (i32, ReadError)>,
+        compression: Compression,
+    ) -> Result<PageServer, ServeError> {
+        let books = books.map_err(|(pid, source)| ServeError::Read { pid, source })?;
         let shared = Shared {
             compression,
             progress: Arc::default(),

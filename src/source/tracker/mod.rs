@@ -29,7 +29,6 @@ mod uffd_wp;
 
 pub use choice::{Objection, Trackers};
 
-use crate::criu::skeleton::Claim;
 use crate::kernel::address_space::CompareError;
 use crate::kernel::bugs::{KnownBug, Need};
 use crate::kernel::inject::InjectError;
@@ -175,8 +174,9 @@ pub fn open(kind: TrackerKind) -> Result<Box<dyn Tracker>, TrackError> {
     Trackers::find().open(Some(kind))
 }
 
-/// Where each address space of frozen `tasks` has mappings: what a scan would say of them, without looking at any page.
-pub fn mapped(tasks: &[Task]) -> Result<Vec<Claim>, TrackError> {
+/// The address spaces of frozen `tasks` with their mappings, and no page looked at: what there is to know of a container
+/// that nobody tracks. Its pages are those that CRIU names.
+pub fn unwatched(tasks: &[Task]) -> Result<Vec<SpaceScan>, TrackError> {
     let mut kinds = maps::FileKinds::default();
     let mut spaces = Vec::new();
     for group in sharing::group(tasks)? {
@@ -184,15 +184,20 @@ pub fn mapped(tasks: &[Task]) -> Result<Vec<Claim>, TrackError> {
         let Ok(pid) = living_thread(group.owner.pid) else {
             continue;
         };
-        match maps::read(pid, &mut kinds) {
-            Ok(vmas) => spaces.push(Claim {
-                pid,
-                vpid: group.owner.vpid,
-                areas: vmas.iter().map(|vma| vma.range).collect(),
-            }),
-            Err(MapsError::Exited { .. }) => {}
+        let vmas = match maps::read(pid, &mut kinds) {
+            Ok(vmas) => vmas,
+            Err(MapsError::Exited { .. }) => continue,
             Err(error) => return Err(error.into()),
-        }
+        };
+        spaces.push(SpaceScan {
+            space: SpaceId(u32::try_from(spaces.len()).unwrap_or(u32::MAX)),
+            pid,
+            vpid: group.owner.vpid,
+            sharers: group.sharers(),
+            vmas,
+            dirty: PageSet::new(),
+            untracked: Some(Untracked::Frozen),
+        });
     }
     Ok(spaces)
 }

@@ -1,5 +1,6 @@
 //! The copy: its restore started, held, released, looked at or taken away again.
 
+use super::owed::owed_memory;
 use super::{ARRIVAL_PATIENCE, Arrival, DISCARD_PAUSE, PAGER_PATIENCE, RESTORE_PATIENCE, Signal};
 use crate::criu::environment::Environment;
 use crate::criu::hook::HookServer;
@@ -150,19 +151,24 @@ impl Arrival<'_> {
             .take()
             .ok_or((PeerError::Unexpected, "no manifest".to_string()))?;
         let mut tasks = Vec::new();
+        let mut debts = Vec::new();
         for owner in &manifest.spaces {
             let composed = compose(&images, owner.vpid, owner.space, &self.store, delivery);
             let pages = composed.map_err(|error| (PeerError::PagesMissing, error.to_string()))?;
             if lazy {
                 let memfd = self.store.memfd_or_new(owner.space);
+                let debt = self.debt_of(owner)?;
                 tasks.push(TaskMemory {
                     vpid: owner.vpid.cast_signed(),
                     memfd: memfd.map_err(|error| (PeerError::StorageFull, error.to_string()))?,
                     lazy: pages,
                     hot: Vec::new(),
+                    owed: debt.as_ref().map(owed_memory).transpose()?,
                 });
+                debts.extend(debt);
             }
         }
+        self.check_debts(&manifest, &debts)?;
         let fill_failed =
             |error: &dyn std::fmt::Display| (PeerError::FillFailed, error.to_string());
         if let Some(pager) = &mut self.pager {
@@ -171,9 +177,13 @@ impl Arrival<'_> {
                 .as_ref()
                 .map(|restore| cgroups_of(restore.pid()))
                 .unwrap_or_default();
+            pager.set_supply_patience(Duration::from_secs(manifest.reconnect_s.into()));
             pager
                 .serve(tasks, &cgroups, PAGER_PATIENCE)
                 .map_err(|error| fill_failed(&error))?;
+        }
+        if !debts.is_empty() {
+            self.take_in_debts(debts)?;
         }
         let inventory_file = self.work.join(INVENTORY);
         let inventory = fs::read(&inventory_file).map_err(|error| {

@@ -6,13 +6,15 @@
 //!                                 ◀──    Listening
 //!    Task{vpid} + memfd + runs    ──▶    once per living task, when the store is complete
 //!    Hot{vpid} + runs             ──▶    optional: fill these first, in this order
-//!    Serve{cgroups}               ──▶
+//!    Owed{vpid} + arrivals + runs ──▶    post-copy: these are not in the store yet
+//!    Serve{terms}                 ──▶
 //!                                 ◀──    Serving            userfaultfds are filled as CRIU hands them over
 //!                                 ◀──    Armed              every task's userfaultfd is here and with the standby
+//!    Supply + socket              ──▶    post-copy, at any time from here: owed pages are asked for there
 //!    Release                      ──▶
 //!                                 ◀──    Released           the pager serves to the end even if the agent dies
 //!                                 ◀──    Filled             per task
-//!                                 ◀──    StandbyLost | TookOver
+//!                                 ◀──    StandbyLost | TookOver | Stalled
 //!                                 ◀──    Done | Failed
 //! ```
 //!
@@ -22,12 +24,14 @@
 //! then fails, CRIU kills the tasks, their userfaultfds report it and the pager ends.
 
 use super::channel::{Channel, ChannelError};
+use super::supply::SupplyLine;
 use crate::memory::PageRange;
+use crate::target::arrivals::Arrivals;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -35,6 +39,9 @@ use std::time::{Duration, Instant};
 
 /// How long a pager that is not wanted any more may take to leave by itself.
 const LEAVE_WITHIN: Duration = Duration::from_secs(2);
+
+/// See [`PagerHandle::set_supply_patience`].
+const SUPPLY_PATIENCE: Duration = Duration::from_secs(300);
 
 /// Agent → pager.
 #[derive(Debug, Serialize, Deserialize)]
@@ -48,10 +55,23 @@ pub(super) enum AgentOrder {
     Task { vpid: i32 },
     /// Ranges to fill first.
     Hot { vpid: i32 },
+    /// Pages of a task named before that are not in the store yet: the record of arrivals and the runs come along.
+    Owed { vpid: i32 },
     /// All tasks are named: start.
-    Serve { cgroups: Vec<PathBuf> },
+    Serve { terms: Terms },
+    /// A supply line comes along, in place of the one before.
+    Supply,
     /// Take custody.
     Release,
+}
+
+/// What is done with the container when things go wrong.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Terms {
+    /// Killed if pages are lost, frozen if nobody brings them.
+    pub cgroups: Vec<PathBuf>,
+    /// How long nobody may bring owed pages before the container is frozen.
+    pub patience: Duration,
 }
 
 /// Pager → agent.
@@ -77,6 +97,8 @@ pub enum PagerEvent {
     StandbyLost,
     /// The pager died and the standby serves in its place.
     TookOver,
+    /// Nobody brought owed pages for too long: the container is frozen until somebody adopts the pager or supplies it.
+    Stalled,
     /// Every task is filled and let go.
     Done(FillSummary),
     /// The pager gave up. After `Released` the standby tries next.
@@ -131,6 +153,17 @@ pub struct TaskMemory {
     pub lazy: Vec<PageRange>,
     /// Filled first, in this order. May be empty.
     pub hot: Vec<PageRange>,
+    /// In post-copy: what has to come from the source first.
+    pub owed: Option<OwedMemory>,
+}
+
+/// Pages of a task that are still at the source.
+#[derive(Debug)]
+pub struct OwedMemory {
+    /// Which: pages of the store, all of them lazy. They are not in the store, whatever the memfd holds there.
+    pub pages: Vec<PageRange>,
+    /// Where those are marked that have come.
+    pub arrivals: Arrivals,
 }
 
 /// What went wrong between the agent and its pager.
@@ -145,6 +178,17 @@ pub enum PagerHandleError {
     /// Waiting for it failed.
     #[error("waiting for the pager: {0}")]
     Wait(#[source] io::Error),
+    /// A supply line could not be made.
+    #[error("making a supply line: {0}")]
+    Supply(#[source] io::Error),
+    /// The pager's adoption socket could not be reached, or it sent something else than its tasks.
+    #[error("adopting the pager at {}: {source}", path.display())]
+    Adopt {
+        /// The socket.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// It did not answer in time.
     #[error("the pager did not say {awaited} within {after:?}")]
     Timeout {
@@ -171,8 +215,10 @@ pub enum PagerHandleError {
 #[derive(Debug)]
 pub struct PagerHandle {
     channel: Channel,
+    /// None: adopted from an agent that died.
     child: Option<Child>,
     released: bool,
+    supply_patience: Duration,
     /// Events that came while something else was awaited.
     waiting: VecDeque<PagerEvent>,
 }
@@ -198,6 +244,7 @@ impl PagerHandle {
             channel: Channel::new(ours).map_err(PagerHandleError::Spawn)?,
             child: Some(child),
             released: false,
+            supply_patience: SUPPLY_PATIENCE,
             waiting: VecDeque::new(),
         };
         handle.channel.send(&AgentOrder::Listen {
@@ -210,6 +257,32 @@ impl PagerHandle {
         Ok(handle)
     }
 
+    /// How long, from the end of a supply line on, nobody may bring owed pages before the pager freezes the container: 5
+    /// minutes if this is not called. Before [`PagerHandle::serve`].
+    pub fn set_supply_patience(&mut self, patience: Duration) {
+        self.supply_patience = patience;
+    }
+
+    /// The handle of a pager that another agent had started and released; `channel` is open.
+    pub(super) fn adopted(channel: Channel) -> Self {
+        PagerHandle {
+            channel,
+            child: None,
+            released: true,
+            supply_patience: SUPPLY_PATIENCE,
+            waiting: VecDeque::new(),
+        }
+    }
+
+    /// Gives the pager a new supply line and returns the agent's end. The line before is closed, and whatever somebody waits
+    /// for is asked for again. From [`PagerHandle::serve`] on. A line that ends while the pager or its standby lives (a pager
+    /// that died before it could tell its standby of it) is replaced by calling this again.
+    pub fn supply(&self) -> Result<SupplyLine, PagerHandleError> {
+        let (ours, theirs) = SupplyLine::pair().map_err(PagerHandleError::Supply)?;
+        self.channel.send_fd(&AgentOrder::Supply, theirs.as_fd())?;
+        Ok(ours)
+    }
+
     /// Names every living task and its memory, and the cgroup directories (one per hierarchy is enough) whose processes the
     /// standby must kill if pages are lost. CRIU may have connected already.
     pub fn serve(
@@ -218,7 +291,6 @@ impl PagerHandle {
         cgroups: &[PathBuf],
         timeout: Duration,
     ) -> Result<(), PagerHandleError> {
-        use std::os::fd::AsFd;
         for task in &tasks {
             let vpid = task.vpid;
             self.channel.send_with(
@@ -226,14 +298,23 @@ impl PagerHandle {
                 &task.lazy,
                 Some(task.memfd.as_fd()),
             )?;
+            if let Some(owed) = &task.owed {
+                self.channel.send_with(
+                    &AgentOrder::Owed { vpid },
+                    &owed.pages,
+                    Some(owed.arrivals.as_fd()),
+                )?;
+            }
             if !task.hot.is_empty() {
                 self.channel
                     .send_with(&AgentOrder::Hot { vpid }, &task.hot, None)?;
             }
         }
-        self.channel.send(&AgentOrder::Serve {
+        let terms = Terms {
             cgroups: cgroups.to_vec(),
-        })?;
+            patience: self.supply_patience,
+        };
+        self.channel.send(&AgentOrder::Serve { terms })?;
         self.await_event("serving", timeout, |event| {
             matches!(event, PagerEvent::Serving { .. }).then_some(())
         })

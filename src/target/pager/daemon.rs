@@ -1,93 +1,28 @@
 //! The pager's main thread: the agent's orders, CRIU's connection, the standby's replies and the workers' notices.
 
-use super::channel::{Channel, ChannelError};
-use super::control::{AgentOrder, PagerEvent};
-use super::family::Family;
-use super::service::{Service, ServiceEvent};
-use super::standby_link::{ReadMarks, StandbyError, StandbyLink, StandbyOrder, StandbyReply};
-use super::worker::{Mirror, WorkerError};
-use crate::criu::lazy_pages::{LazyPagesConnection, LazyPagesError, LazyPagesMessage, SOCKET_NAME};
-use crate::kernel::userfaultfd_missing::{MissingUffd, UffdError};
-use nix::errno::Errno;
-use rustix::event::{PollFd, PollFlags, poll};
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+mod error;
 
-/// Why a pager gave up.
-#[derive(Debug, thiserror::Error)]
-pub enum PagerError {
-    /// The agent closed its socket before it released the container.
-    #[error("the agent left before the container was released")]
-    AgentLeft,
-    /// The socket to the agent failed.
-    #[error("the agent's socket: {0}")]
-    Agent(#[source] ChannelError),
-    /// The agent said something where it does not belong.
-    #[error("the agent sent {order} at the wrong time")]
-    OutOfTurn {
-        /// What it sent.
-        order: &'static str,
-    },
-    /// CRIU's socket could not be made.
-    #[error("listening for CRIU in {}: {source}", work_dir.display())]
-    Listen {
-        /// CRIU's work directory.
-        work_dir: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// CRIU's connection failed.
-    #[error(transparent)]
-    Criu(#[from] LazyPagesError),
-    /// CRIU left before it had restored everything.
-    #[error("CRIU ended before the restore was finished")]
-    RestoreFailed,
-    /// CRIU finished without every task's userfaultfd.
-    #[error("CRIU finished the restore but sent no userfaultfd for tasks {0:?}")]
-    TasksMissing(Vec<i32>),
-    /// CRIU sent a userfaultfd for a task the agent did not name, or a second one, or named a living task a zombie.
-    #[error("CRIU sent task {vpid}, which the agent did not name, or twice")]
-    UnknownTask {
-        /// The task's pid inside the container.
-        vpid: i32,
-    },
-    /// The agent named a task twice, or gave two tasks one memfd.
-    #[error("the agent named task {vpid} or its memory twice")]
-    DuplicateTask {
-        /// The task's pid inside the container.
-        vpid: i32,
-    },
-    /// A received descriptor is not usable.
-    #[error("task {vpid}: {source}")]
-    Uffd {
-        /// The task's pid inside the container.
-        vpid: i32,
-        /// Why.
-        source: UffdError,
-    },
-    /// There is no standby before release; without one nothing is released.
-    #[error("no standby: {0}")]
-    Standby(#[from] StandbyError),
-    /// The standby ended before release.
-    #[error("the standby ended before the container was released")]
-    StandbyLeft,
-    /// A worker gave up.
-    #[error(transparent)]
-    Worker(#[from] WorkerError),
-    /// A system call of the main thread failed.
-    #[error("{action}: {errno}")]
-    System {
-        /// What was being done.
-        action: &'static str,
-        /// Why it failed.
-        errno: Errno,
-    },
-}
+pub use error::PagerError;
+
+use super::channel::Channel;
+use super::control::{AgentOrder, PagerEvent, Terms};
+use super::family::Family;
+use super::provision::{Provision, bind};
+use super::service::{Service, ServiceEvent};
+use super::standby_link::{ReadMarks, StandbyLink, StandbyOrder, StandbyReply};
+use super::supply::SupplyLine;
+use super::worker::Mirror;
+use crate::criu::lazy_pages::{LazyPagesConnection, LazyPagesError, LazyPagesMessage, SOCKET_NAME};
+use crate::kernel::userfaultfd_missing::MissingUffd;
+use crate::target::arrivals::Arrivals;
+use nix::errno::Errno;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
 
 /// How far the custody of the missing pages has gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -159,6 +94,7 @@ struct Pager {
     /// Tasks whose userfaultfd has not come.
     awaited: Vec<i32>,
     service: Option<Service>,
+    provision: Provision,
     custody: Custody,
     restored: bool,
 }
@@ -171,6 +107,7 @@ enum Source {
     Listener,
     Criu,
     Workers,
+    Adopter,
 }
 
 impl Pager {
@@ -188,19 +125,30 @@ impl Pager {
                 });
             };
             let marks = Arc::new(ReadMarks::create()?);
-            let link = Arc::new(StandbyLink::start(&state_dir, agent.as_fd(), &marks)?);
-            let listener = listen(&work_dir).map_err(|source| PagerError::Listen {
+            let link = Arc::new(StandbyLink::start(
+                &work_dir,
+                &state_dir,
+                agent.as_fd(),
+                &marks,
+            )?);
+            let listener = bind(&work_dir, SOCKET_NAME).map_err(|source| PagerError::Listen {
                 work_dir: work_dir.clone(),
                 source,
             })?;
             agent
                 .send(&PagerEvent::Listening)
                 .map_err(PagerError::Agent)?;
-            Ok((Mirror { link, marks }, listener, work_dir.join(SOCKET_NAME)))
+            let provision = Provision::new(&work_dir, &state_dir);
+            Ok((
+                Mirror { link, marks },
+                listener,
+                work_dir.join(SOCKET_NAME),
+                provision,
+            ))
         })();
         match prepared {
             Err(error) => Err((agent, error)),
-            Ok((mirror, listener, socket)) => Ok(Pager {
+            Ok((mirror, listener, socket, provision)) => Ok(Pager {
                 agent,
                 agent_open: true,
                 mirror: Some(mirror),
@@ -212,6 +160,7 @@ impl Pager {
                 early: Vec::new(),
                 awaited: Vec::new(),
                 service: None,
+                provision,
                 custody: Custody::Gathering,
                 restored: false,
             }),
@@ -227,9 +176,15 @@ impl Pager {
                     Source::Listener => self.accept_criu()?,
                     Source::Criu => self.hear_criu()?,
                     Source::Workers => self.hear_workers()?,
+                    Source::Adopter => self.be_adopted()?,
                 }
             }
+            let frozen = self.provision.freeze_if_due();
+            if frozen.map_err(PagerError::Provision)? {
+                self.say(&PagerEvent::Stalled)?;
+            }
         }
+        self.provision.finish();
         Ok(())
     }
 
@@ -255,8 +210,16 @@ impl Pager {
         if let Some(service) = &self.service {
             watch(Source::Workers, service.as_fd());
         }
+        if let Some(listener) = self.provision.listener() {
+            watch(Source::Adopter, listener);
+        }
+        // Too late is better than a busy loop.
+        let patience = self.provision.patience().map(|left| Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(left.subsec_nanos()) as _,
+        });
         loop {
-            match poll(&mut fds, None) {
+            match poll(&mut fds, patience.as_ref()) {
                 Err(rustix::io::Errno::INTR) => {}
                 Err(errno) => {
                     return Err(PagerError::System {
@@ -292,7 +255,10 @@ impl Pager {
         let out_of_turn = |order| Err(PagerError::OutOfTurn { order });
         match received.message {
             AgentOrder::Listen { .. } => out_of_turn("Listen twice"),
-            AgentOrder::Task { .. } | AgentOrder::Hot { .. } | AgentOrder::Serve { .. }
+            AgentOrder::Task { .. }
+            | AgentOrder::Hot { .. }
+            | AgentOrder::Owed { .. }
+            | AgentOrder::Serve { .. }
                 if self.service.is_some() =>
             {
                 out_of_turn("a task after Serve")
@@ -327,7 +293,24 @@ impl Pager {
                 }
                 None => out_of_turn("hot pages of an unknown task"),
             },
-            AgentOrder::Serve { cgroups } => self.start_service(cgroups),
+            AgentOrder::Owed { vpid } => {
+                let (Some(family), Some(record)) = (self.named.get_mut(&vpid), received.fd) else {
+                    return out_of_turn("owed pages of an unknown task, or without a record");
+                };
+                let record = Arrivals::from_fd(record);
+                self.provision
+                    .owe(vpid, family.store(), &record, received.runs.clone())
+                    .map_err(PagerError::Provision)?;
+                let copy = record.try_clone().map_err(PagerError::Provision)?;
+                family.set_owed(record, &received.runs);
+                let order = StandbyOrder::Owed { vpid };
+                self.tell_standby(&order, &received.runs, Some(copy.as_fd()))
+            }
+            AgentOrder::Serve { terms } => self.start_service(terms),
+            AgentOrder::Supply => match received.fd {
+                Some(line) if self.service.is_some() => self.supply(SupplyLine::from_fd(line)),
+                _ => out_of_turn("a supply line before Serve, or none"),
+            },
             AgentOrder::Release => {
                 if self.custody != Custody::Armed {
                     return out_of_turn("Release before Armed");
@@ -338,8 +321,9 @@ impl Pager {
         }
     }
 
-    fn start_service(&mut self, cgroups: Vec<PathBuf>) -> Result<(), PagerError> {
-        self.tell_standby(&StandbyOrder::Serve { cgroups }, &[], None)?;
+    fn start_service(&mut self, terms: Terms) -> Result<(), PagerError> {
+        self.provision.set_terms(terms.clone());
+        self.tell_standby(&StandbyOrder::Serve { terms }, &[], None)?;
         let families: Vec<Family> = std::mem::take(&mut self.named).into_values().collect();
         self.awaited = families.iter().map(|family| family.vpid).collect();
         let tasks = families.len();
@@ -358,6 +342,33 @@ impl Pager {
             self.all_restored()?;
         }
         self.arm_if_complete()
+    }
+
+    /// Owed pages are asked for on `line` from now on. The standby first, so that it never has only an older one.
+    fn supply(&mut self, line: SupplyLine) -> Result<(), PagerError> {
+        self.tell_standby(&StandbyOrder::Supply, &[], Some(line.as_fd()))?;
+        if let Some(service) = &self.service {
+            service.supply(line, self.provision.supplied());
+        }
+        Ok(())
+    }
+
+    /// Another agent comes in place of the one that is gone.
+    fn be_adopted(&mut self) -> Result<(), PagerError> {
+        let Some(adoption) = self.provision.hand_over() else {
+            return Ok(());
+        };
+        let copy = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(PagerError::Provision);
+        let (control, line) = (copy(adoption.agent.as_fd())?, copy(adoption.line.as_fd())?);
+        self.tell_standby(&StandbyOrder::Agent, &[], Some(control.as_fd()))?;
+        self.tell_standby(&StandbyOrder::Supply, &[], Some(line.as_fd()))?;
+        let (agent, line) = adoption.complete();
+        self.agent = agent;
+        self.agent_open = true;
+        if let Some(service) = &self.service {
+            service.supply(line, self.provision.supplied());
+        }
+        Ok(())
     }
 
     fn accept_criu(&mut self) -> Result<(), PagerError> {
@@ -461,6 +472,8 @@ impl Pager {
             }
             Ok(Some(StandbyReply::Released)) => {
                 self.custody = Custody::Released;
+                let alone = self.provision.strand_if_alone();
+                alone.map_err(PagerError::Provision)?;
                 self.say(&PagerEvent::Released)
             }
             Ok(Some(StandbyReply::Closed { vpid, member })) => {
@@ -477,7 +490,17 @@ impl Pager {
         let events = self.service.as_mut().map(Service::events);
         for event in events.unwrap_or_default() {
             match event {
-                ServiceEvent::Filled(fill) => self.say(&PagerEvent::Filled(fill))?,
+                ServiceEvent::Filled(fill) => {
+                    self.provision.filled(fill.vpid);
+                    self.say(&PagerEvent::Filled(fill))?;
+                }
+                ServiceEvent::SupplyEnded(number) => {
+                    self.provision.ended(number);
+                    if self.custody == Custody::Released {
+                        let alone = self.provision.strand_if_alone();
+                        alone.map_err(PagerError::Provision)?;
+                    }
+                }
                 ServiceEvent::StandbyLost => self.lose_standby()?,
                 ServiceEvent::Failed(error) => return Err(error.into()),
             }
@@ -489,7 +512,7 @@ impl Pager {
         &mut self,
         order: &StandbyOrder,
         runs: &[crate::memory::PageRange],
-        fd: Option<std::os::fd::BorrowedFd<'_>>,
+        fd: Option<BorrowedFd<'_>>,
     ) -> Result<(), PagerError> {
         let Some(mirror) = &self.mirror else {
             return Ok(());
@@ -530,17 +553,6 @@ impl Pager {
             Err(error) => Err(PagerError::Agent(error)),
         }
     }
-}
-
-/// Binds through the directory's descriptor: a socket address takes 107 bytes, and CRIU's work directory may be longer.
-fn listen(work_dir: &Path) -> io::Result<UnixListener> {
-    let directory = File::open(work_dir)?;
-    let path = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(SOCKET_NAME);
-    match std::fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    UnixListener::bind(&path)
 }
 
 fn errno_of(error: &io::Error) -> Errno {

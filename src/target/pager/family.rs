@@ -6,31 +6,35 @@
 //!
 //! A child forked before all is filled misses the same pages as its parent did at the fork: the kernel lets
 //! no page be placed between the copying of the page tables and the reading of the event. So the child starts with a
-//! copy of the parent's [`Pending`], and a page stays in the store until the last that wants it has it.
+//! copy of the parent's [`Wanted`], and a page stays in the store until the last that wants it has it.
+//!
+//! Pages that are still owed by the source are in no one's reach here until they have come: see `owed`.
 
-use super::pending::Pending;
+mod member;
+mod owed;
+
+pub(super) use member::Member;
+
 use super::standby_link::Change;
+use super::wanted::Wanted;
+use super::window;
 use crate::kernel::userfaultfd_missing::{MissingUffd, Placed, UffdError};
 use crate::memory::{PAGE_SIZE, PageNumber, PageRange};
 use crate::target::page_store::punch;
+use member::SMALL_CHUNK;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
+use owed::Owed;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-/// Pages in one chunk of the background fill: 16 KiB after a fault, doubling to 1 MiB while none comes, because
-/// a fault waits until the chunk under way is placed.
-const SMALL_CHUNK: u64 = 4;
-/// See [`SMALL_CHUNK`].
+/// Pages in the largest chunk of the background fill: 1 MiB.
 pub(super) const LARGE_CHUNK: u64 = 256;
-
-/// How long to let CRIU restore before a range that was not registered yet is tried again.
-const REGISTRATION_RETRY: Duration = Duration::from_millis(1);
 
 /// How long to let a process at its memory limit breathe.
 const MEMORY_RETRY: Duration = Duration::from_millis(1);
@@ -70,28 +74,12 @@ pub(super) struct Family {
     pub vpid: i32,
     store: File,
     /// What the task's own address space wants, until its userfaultfd arrives.
-    unclaimed: Option<Pending>,
+    unclaimed: Option<Wanted>,
     hot: Vec<PageRange>,
+    /// In post-copy.
+    owed: Option<Owed>,
     pub members: BTreeMap<MemberId, Member>,
     pub tally: Tally,
-}
-
-/// One address space.
-#[derive(Debug)]
-pub(super) struct Member {
-    pub uffd: MissingUffd,
-    pending: Pending,
-    /// Filled before the rest.
-    hot: VecDeque<PageRange>,
-    /// Where the fill goes on.
-    cursor: PageNumber,
-    chunk: u64,
-    /// Faults read and not answered yet.
-    pub faults: VecDeque<PageNumber>,
-    /// Nothing is tried for this member before then.
-    pub retry_at: Option<Instant>,
-    /// All is filled and the standby was told to let go; faults are served until it has.
-    pub closing: bool,
 }
 
 /// What was done for a family.
@@ -112,6 +100,8 @@ pub(super) enum Step {
     Changing,
     /// Come back at `retry_at`.
     Later,
+    /// Nothing can be done until owed pages come.
+    Waiting,
     /// Nothing is left to do.
     Complete,
     /// The address space is gone.
@@ -123,8 +113,9 @@ impl Family {
         Family {
             vpid,
             store: File::from(memfd),
-            unclaimed: Some(Pending::at_home(lazy)),
+            unclaimed: Some(Wanted::at_home(lazy)),
             hot: Vec::new(),
+            owed: None,
             members: BTreeMap::new(),
             tally: Tally::default(),
         }
@@ -134,23 +125,28 @@ impl Family {
         self.hot = hot;
     }
 
+    /// The memfd.
+    pub fn store(&self) -> BorrowedFd<'_> {
+        self.store.as_fd()
+    }
+
     /// How many pages the family waits for, over all its address spaces; pages that are zero count too.
     pub fn pending_pages(&self) -> u64 {
-        let unclaimed = self.unclaimed.as_ref().map_or(0, Pending::pages);
-        unclaimed
-            + self
-                .members
-                .values()
-                .map(|member| member.pending.pages())
-                .sum::<u64>()
+        self.wanted().map(Wanted::pages).sum()
+    }
+
+    /// What its address spaces want, that of a userfaultfd that has not come included.
+    fn wanted(&self) -> impl Iterator<Item = &Wanted> {
+        let members = self.members.values().map(|member| &member.wanted);
+        members.chain(&self.unclaimed)
     }
 
     /// The task's own userfaultfd has come. `false` if it had come before.
     pub fn claim(&mut self, id: MemberId, uffd: MissingUffd) -> bool {
-        let Some(pending) = self.unclaimed.take() else {
+        let Some(wanted) = self.unclaimed.take() else {
             return false;
         };
-        let mut member = Member::new(uffd, pending);
+        let mut member = Member::new(uffd, wanted);
         member.hot = std::mem::take(&mut self.hot).into();
         self.tally.spaces += 1;
         self.members.insert(id, member);
@@ -172,41 +168,49 @@ impl Family {
         change: &Change,
         child: Option<MissingUffd>,
     ) -> Vec<PageRange> {
-        match change {
-            Change::Fork { child: child_id } => {
-                if let Some(uffd) = child {
-                    let pending = self
-                        .members
-                        .get(&id)
-                        .map(|parent| parent.pending.clone())
-                        .unwrap_or_default();
-                    self.tally.spaces += 1;
-                    self.members.insert(*child_id, Member::new(uffd, pending));
-                }
-                Vec::new()
+        if let Change::Fork { child: child_id } = change {
+            if let Some(uffd) = child {
+                let parent = self.members.get(&id);
+                let wanted = parent.map(|parent| parent.wanted.clone());
+                self.tally.spaces += 1;
+                self.members
+                    .insert(*child_id, Member::new(uffd, wanted.unwrap_or_default()));
             }
-            Change::Remap { from, to } => match (self.members.get_mut(&id), from.range()) {
-                (Some(member), Some(from)) => member.pending.remap(from, PageNumber(*to)),
-                _ => Vec::new(),
-            },
-            Change::Drop { pages } => match (self.members.get_mut(&id), pages.range()) {
-                (Some(member), Some(pages)) => member.pending.remove(pages),
-                _ => Vec::new(),
-            },
+            return Vec::new();
         }
+        let Some(member) = self.members.get_mut(&id) else {
+            return Vec::new();
+        };
+        // What a thread waits for may be gone or elsewhere now, and the answer another.
+        member.try_again();
+        match change {
+            Change::Remap { from, to } => from
+                .range()
+                .map(|from| member.wanted.remap(from, PageNumber(*to))),
+            Change::Drop { pages } => pages.range().map(|pages| member.wanted.remove(pages)),
+            Change::Fork { .. } => None,
+        }
+        .unwrap_or_default()
     }
 
     /// Answers the oldest fault of a member. [`Step::Complete`]: none waits.
     pub fn serve_fault(&mut self, id: MemberId) -> Result<Step, FamilyError> {
-        let Some(member) = self.members.get_mut(&id) else {
+        let Some(page) = self
+            .members
+            .get(&id)
+            .and_then(|m| m.faults.front().copied())
+        else {
             return Ok(Step::Complete);
         };
-        let Some(&page) = member.faults.front() else {
+        if self.wait_for_owed(id, page)? {
+            return Ok(Step::Progress);
+        }
+        let Some(member) = self.members.get_mut(&id) else {
             return Ok(Step::Complete);
         };
         let one = PageRange::from_start_len(page, 1);
         let mut data = ZERO_PAGE;
-        if let Some(store) = member.pending.lookup(page) {
+        if let Some(store) = member.wanted.ready.lookup(page) {
             self.store
                 .read_exact_at(&mut data, store.addr().0)
                 .map_err(|source| FamilyError::Store {
@@ -249,7 +253,7 @@ impl Family {
             member.cursor = PageNumber(page.0 + 1);
             member.chunk = SMALL_CHUNK;
             if let Some(one) = one {
-                let freed = member.pending.remove(one);
+                let freed = member.wanted.remove(one);
                 self.free(&freed)?;
             }
         }
@@ -267,7 +271,15 @@ impl Family {
             return Ok(Step::Complete);
         };
         let Some(mut run) = member.next_run() else {
-            return Ok(Step::Complete);
+            return Ok(match member.wanted.owed.pages() {
+                0 => Step::Complete,
+                _ => Step::Waiting,
+            });
+        };
+        // While pages are awaited faults come at any moment, and one waits until the chunk under way is placed.
+        let most = match member.wanted.owed.pages() {
+            0 => LARGE_CHUNK,
+            _ => window::MOST,
         };
         let vpid = self.vpid;
         let failed = |action| {
@@ -283,13 +295,13 @@ impl Family {
             .map_err(|errno| failed("looking for data")(errno.into()))?
         {
             None => {
-                member.pending.remove(run.now);
+                member.wanted.ready.remove(run.now);
                 return Ok(Step::Progress);
             }
             Some(first) if first > run.store => {
                 let skip = first.0 - run.store.0;
                 if let Some(hole) = PageRange::from_start_len(run.now.start(), skip) {
-                    member.pending.remove(hole);
+                    member.wanted.ready.remove(hole);
                 }
                 let Some(rest) =
                     PageRange::new(PageNumber(run.now.start().0 + skip), run.now.end())
@@ -313,7 +325,7 @@ impl Family {
             .place(run.now.start(), data, restored, &mut self.tally)
             .map_err(|source| FamilyError::Uffd { vpid, source })?;
         if let Some(placed) = PageRange::from_start_len(run.now.start(), done) {
-            let freed = member.pending.remove(placed);
+            let freed = member.wanted.ready.remove(placed);
             member.cursor = placed.end();
             self.free(&freed)?;
         }
@@ -322,7 +334,7 @@ impl Family {
         };
         Ok(match stop {
             None => {
-                member.chunk = (member.chunk * 2).min(LARGE_CHUNK);
+                member.chunk = (member.chunk * 2).min(most);
                 Step::Progress
             }
             Some(Placed::Gone) => Step::Gone,
@@ -343,21 +355,19 @@ impl Family {
         let Some(member) = self.members.get_mut(&id) else {
             return Ok(());
         };
-        let pending = std::mem::take(&mut member.pending);
+        let wanted = std::mem::take(&mut member.wanted);
         member.faults.clear();
+        member.waiting.clear();
         member.hot.clear();
-        let freed: Vec<PageRange> = pending.store_pages().iter().collect();
-        self.free(&freed)
+        self.free(&wanted.store_pages())
     }
 
     /// Frees the memory of those of the store pages that no member wants.
     pub fn free(&self, store: &[PageRange]) -> Result<(), FamilyError> {
         for &range in store {
             let mut unwanted = crate::memory::PageSet::from_iter([range]);
-            for member in self.members.values() {
-                for wanted in member.pending.wants(range) {
-                    unwanted.remove(wanted);
-                }
+            for wanted in self.wanted().flat_map(|wanted| wanted.wants(range)) {
+                unwanted.remove(wanted);
             }
             for range in unwanted.iter() {
                 punch(&self.store, range).map_err(|errno| FamilyError::Store {
@@ -368,95 +378,6 @@ impl Family {
             }
         }
         Ok(())
-    }
-}
-
-impl Member {
-    fn new(uffd: MissingUffd, pending: Pending) -> Self {
-        Member {
-            uffd,
-            pending,
-            hot: VecDeque::new(),
-            cursor: PageNumber(0),
-            chunk: SMALL_CHUNK,
-            faults: VecDeque::new(),
-            retry_at: None,
-            closing: false,
-        }
-    }
-
-    /// What to fill next: hot ranges in their order, then on from the cursor, round to the start.
-    fn next_run(&mut self) -> Option<super::pending::PendingRun> {
-        while let Some(&hot) = self.hot.front() {
-            let run = self.pending.next_from(hot.start());
-            if let Some(run) = run
-                && let Some(now) = run.now.intersection(hot)
-            {
-                return Some(super::pending::PendingRun { now, ..run });
-            }
-            self.hot.pop_front();
-        }
-        self.pending
-            .next_from(self.cursor)
-            .or_else(|| self.pending.next_from(PageNumber(0)))
-    }
-
-    /// The run up to `end` is not registered yet: others first, and when all were tried, a pause.
-    fn put_off(&mut self, end: PageNumber) {
-        if !self.hot.is_empty() {
-            self.hot.rotate_left(1);
-            self.retry_at = Some(Instant::now() + REGISTRATION_RETRY);
-            return;
-        }
-        self.cursor = end;
-        if self.pending.next_from(end).is_none() {
-            self.retry_at = Some(Instant::now() + REGISTRATION_RETRY);
-        }
-    }
-
-    /// Places `data` at `to` on, leaving pages of zeros out: they read as zero once nothing is pending there. Says for how
-    /// many pages that is done, and what stopped it if not for all.
-    fn place(
-        &self,
-        to: PageNumber,
-        data: &[u8],
-        restored: bool,
-        tally: &mut Tally,
-    ) -> Result<(u64, Option<Placed>), UffdError> {
-        const PAGE: usize = PAGE_SIZE as usize;
-        let total = data.len() as u64 / PAGE_SIZE;
-        let (mut done, mut window) = (0, total);
-        while done < total {
-            let rest = &data[(done * PAGE_SIZE) as usize..];
-            if rest[..PAGE] == ZERO_PAGE {
-                done += 1;
-                continue;
-            }
-            let run = rest
-                .chunks_exact(PAGE)
-                .take(window as usize)
-                .take_while(|page| **page != ZERO_PAGE)
-                .count();
-            match self
-                .uffd
-                .copy(PageNumber(to.0 + done), &rest[..run * PAGE])?
-            {
-                Placed::Pages(pages) => {
-                    done += pages;
-                    tally.pages += pages;
-                    window = (window * 2).min(total);
-                }
-                Placed::Exists => done += 1,
-                // The run may reach over the end of a mapping: halve it until it does not.
-                Placed::NotRegistered if run > 1 => window = run as u64 / 2,
-                Placed::NotRegistered if restored => {
-                    done += 1;
-                    tally.unregistered += 1;
-                }
-                stop => return Ok((done, Some(stop))),
-            }
-        }
-        Ok((done, None))
     }
 }
 

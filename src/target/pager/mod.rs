@@ -4,13 +4,18 @@
 //! answered first, the rest is filled in the background, and what is filled is freed from the memfd, so that
 //! memory is not held twice. The container runs meanwhile, which is why downtime does not grow with its memory.
 //!
+//! In post-copy some pages are *owed*: still at the source when the container runs. The agent brings them into the memfds and
+//! puts them on record ([`Arrivals`](crate::target::arrivals)); the pager asks for what somebody waits for, and places what is
+//! on record and nothing else.
+//!
 //! ```text
 //!            control (stdin)              standby link
 //!   agent ◀───────────────────▶ pager ◀───────────────▶ standby
-//!                                 ▲ │                      ┆ holds every descriptor, reads none
-//!   CRIU ── lazy-pages.socket ────┘ │
-//!            userfaultfds           ▼  1–2 workers: events → faults → fill
-//!                               container
+//!     ▲                          ▲ ▲ │                     ┆ holds every descriptor, reads none
+//!     │ supply line: Want, Came  │ │ │
+//!     └──────────────────────────┘ │ ▼
+//!   CRIU ── lazy-pages.socket ─────┘ 1–2 workers: events → arrivals → faults → requests → fill
+//!            userfaultfds            container
 //! ```
 //!
 //! # Who may die
@@ -27,6 +32,18 @@
 //!   state directory. It does the same if it fails itself.
 //! - *The standby dies*: the pager says so (`StandbyLost`) and goes on alone.
 //!
+//! While pages are owed, after `Released`:
+//!
+//! - *The agent dies*, or its supply line ends: what has come is placed, who needs more waits. The pager opens
+//!   [`SUPPLY_SOCKET`] in the parent of CRIU's work directory; there a restarted agent adopts it ([`adopt`]), with the memfds,
+//!   the records of arrivals and a new supply line. What was asked for is asked for again.
+//! - *Nobody comes* within the patience: the pager freezes the container's cgroups and leaves [`STALL_RECORD`] beside the
+//!   socket. Nothing is killed and nothing is lost; an adoption thaws it.
+//! - *The pager dies*: the standby has the records and the supply line too. An arrival that the dead pager had read from the line
+//!   is on record; a request that it had sent is sent again, so the agent may be asked twice for a page it is bringing. The
+//!   agent has nothing to do (it hears `TookOver`).
+//! - *A process exits while it waits*: no event tells, so those who wait for owed pages are probed four times a second.
+//!
 //! What remains: both dying together (SIGKILL to both, a host-wide OOM although both ask to be spared; a service manager
 //! that kills the agent's whole cgroup: its unit needs `KillMode=process`), and the pager dying after a standby
 //! was lost. The agent, if alive, sees the end of its socket and must kill the container then.
@@ -34,22 +51,30 @@
 //! A mapping with `MADV_WIPEONFORK` that is forked while its pages are missing shows the child those pages instead of zeros:
 //! the event does not say which mappings are wiped.
 
+mod adoption;
 mod channel;
 mod control;
 mod daemon;
 mod family;
 mod last_resort;
 mod pending;
+mod provision;
 mod service;
 mod standby;
 mod standby_link;
 mod supply;
+mod wanted;
+mod window;
 mod worker;
 
+pub use adoption::{Adopted, AdoptedTask, adopt};
 pub use channel::ChannelError;
-pub use control::{FillSummary, PagerEvent, PagerHandle, PagerHandleError, TaskFill, TaskMemory};
+pub use control::{
+    FillSummary, OwedMemory, PagerEvent, PagerHandle, PagerHandleError, TaskFill, TaskMemory,
+};
 pub use daemon::PagerError;
 pub use family::FamilyError;
+pub use provision::{STALL_RECORD, SUPPLY_SOCKET};
 pub use standby::{DEATH_RECORD, StandbyFailure};
 pub use standby_link::StandbyError;
 pub use supply::{Heard, SupplyLine, SupplyMessage};

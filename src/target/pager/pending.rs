@@ -8,7 +8,7 @@
 //! and moves with mremap. In one map a store page occurs at most once.
 
 use crate::memory::{PageNumber, PageRange, PageSet};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The pending pages of one address space.
 #[derive(Clone, Debug, Default)]
@@ -16,6 +16,9 @@ pub(super) struct Pending {
     /// First page now → segment. Segments do not overlap; neighbours are never merged, because the caller splits
     /// them at the ends of mappings, which one UFFDIO_COPY cannot cross.
     segments: BTreeMap<u64, Segment>,
+    /// First pages of those segments that are not at home: their store pages have other numbers. Few, because few
+    /// processes move memory while pages are missing.
+    displaced: BTreeSet<u64>,
     /// The store pages of all segments.
     store: PageSet,
 }
@@ -110,9 +113,10 @@ impl Pending {
         freed
     }
 
-    fn insert(&mut self, part: PendingRun) {
+    /// Makes a run pending. Neither its place nor its store pages are pending yet.
+    pub fn insert(&mut self, part: PendingRun) {
         self.store.insert(part.store_range());
-        self.segments.insert(
+        self.put(
             part.now.start().0,
             Segment {
                 end: part.now.end().0,
@@ -121,7 +125,51 @@ impl Pending {
         );
     }
 
-    fn take(&mut self, now: PageRange) -> Vec<PendingRun> {
+    /// Takes out whatever of these pages of the store is pending, wherever it belongs now.
+    pub fn take_stored(&mut self, store: PageRange) -> Vec<PendingRun> {
+        let found = self.places_of(store);
+        for part in &found {
+            self.take(part.now);
+        }
+        found
+    }
+
+    fn places_of(&self, store: PageRange) -> Vec<PendingRun> {
+        let sum = |lengths: &mut dyn Iterator<Item = u64>| lengths.sum::<u64>();
+        let wanted = sum(&mut self.store.intersecting(store).iter().map(|run| run.pages()));
+        if wanted == 0 {
+            return Vec::new();
+        }
+        let cut = |start: u64, segment: &Segment| {
+            let from = store.start().0.max(segment.store);
+            let to = store.end().0.min(segment.store + (segment.end - start));
+            let now = |page: u64| start + (page - segment.store);
+            (from < to).then(|| run(now(from), now(to), from))
+        };
+        let first = self.segments.range(..=store.start().0).next_back();
+        let first = first.map_or(store.start().0, |(&start, _)| start);
+        let mut found: Vec<PendingRun> = self
+            .segments
+            .range(first..store.end().0)
+            .filter(|(start, segment)| segment.store == **start)
+            .filter_map(|(&start, segment)| cut(start, segment))
+            .collect();
+        if sum(&mut found.iter().map(|part| part.now.pages())) < wanted {
+            let displaced = self.displaced.iter();
+            found.extend(displaced.filter_map(|&start| cut(start, &self.segments[&start])));
+        }
+        found
+    }
+
+    fn put(&mut self, start: u64, segment: Segment) {
+        if segment.store != start {
+            self.displaced.insert(start);
+        }
+        self.segments.insert(start, segment);
+    }
+
+    /// Takes out the parts of runs that belong at `now`.
+    pub fn take(&mut self, now: PageRange) -> Vec<PendingRun> {
         let (from, to) = (now.start().0, now.end().0);
         let first = self
             .segments
@@ -137,8 +185,11 @@ impl Pending {
         let mut taken = Vec::with_capacity(touched.len());
         for (start, segment) in touched {
             self.segments.remove(&start);
+            if segment.store != start {
+                self.displaced.remove(&start);
+            }
             if start < from {
-                self.segments.insert(
+                self.put(
                     start,
                     Segment {
                         end: from,
@@ -147,7 +198,7 @@ impl Pending {
                 );
             }
             if to < segment.end {
-                self.segments.insert(
+                self.put(
                     to,
                     Segment {
                         end: segment.end,
@@ -181,6 +232,7 @@ mod tests {
     enum Step {
         Remove(u64, u64),
         Remap(u64, u64, u64),
+        TakeStored(u64, u64),
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -192,6 +244,7 @@ mod tests {
                     from.abs_diff(*to) >= *pages
                 })
                 .prop_map(|(from, to, pages)| Step::Remap(from, to, pages)),
+            (0u64..64, 1u64..20).prop_map(|(start, pages)| Step::TakeStored(start, pages)),
         ]
     }
 
@@ -227,6 +280,26 @@ mod tests {
                             }
                         }
                         pending.remap(pages(from, len), PageNumber(to))
+                    }
+                    Step::TakeStored(start, len) => {
+                        let mut expected = BTreeMap::new();
+                        model.retain(|&page, &mut store| {
+                            let hit = (start..start + len).contains(&store);
+                            if hit {
+                                expected.insert(page, store);
+                            }
+                            !hit
+                        });
+                        freed.extend(expected.values());
+                        let mut taken = BTreeMap::new();
+                        let parts = pending.take_stored(pages(start, len));
+                        for part in &parts {
+                            for i in 0..part.now.pages() {
+                                taken.insert(part.now.start().0 + i, part.store.0 + i);
+                            }
+                        }
+                        prop_assert_eq!(taken, expected);
+                        parts.iter().map(PendingRun::store_range).collect()
                     }
                 };
                 let mut reported: Vec<u64> =

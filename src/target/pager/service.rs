@@ -2,7 +2,8 @@
 //! death, by the standby.
 
 use super::control::{FillSummary, TaskFill};
-use super::family::{Family, MemberId};
+use super::family::{Family, MemberId, Tally};
+use super::supply::SupplyLine;
 use super::worker::{self, Mirror, Notices, WorkerError, WorkerHandle, WorkerNotice, WorkerOrder};
 use crate::kernel::userfaultfd_missing::MissingUffd;
 use nix::errno::Errno;
@@ -16,10 +17,15 @@ use std::time::Instant;
 /// More threads would take the cores from the container that was just released.
 const MAX_WORKERS: usize = 2;
 
+/// In post-copy one is faster than any link, and reads the supply line without asking another.
+const POST_COPY_WORKERS: usize = 1;
+
 /// What happened among the workers.
 #[derive(Debug)]
 pub(super) enum ServiceEvent {
     Filled(TaskFill),
+    /// The supply line of this number.
+    SupplyEnded(u64),
     StandbyLost,
     Failed(WorkerError),
 }
@@ -48,7 +54,12 @@ impl Service {
     ) -> Result<Self, Errno> {
         let (notices, inbox) = Notices::new()?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let count = families.len().clamp(1, MAX_WORKERS.min(cores));
+        let most = if families.iter().any(Family::is_post_copy) {
+            POST_COPY_WORKERS
+        } else {
+            MAX_WORKERS.min(cores)
+        };
+        let count = families.len().clamp(1, most);
         let ids = Arc::new(AtomicU32::new(first_id));
         let workers = (0..count as u64)
             .map(|number| worker::start(number, ids.clone(), notices.clone(), mirror.cloned()))
@@ -115,13 +126,21 @@ impl Service {
         }
     }
 
+    /// Gives the pager's end of supply line `number` to the worker, the only one in post-copy.
+    pub fn supply(&self, line: SupplyLine, number: u64) {
+        self.workers[0].order(WorkerOrder::Supply { line, number });
+    }
+
     /// What happened since the last call.
     pub fn events(&mut self) -> Vec<ServiceEvent> {
         self.notices.acknowledge();
         let mut events = Vec::new();
         while let Ok(notice) = self.inbox.try_recv() {
             events.push(match notice {
-                WorkerNotice::Filled(family) => ServiceEvent::Filled(self.count(&family)),
+                WorkerNotice::Filled { vpid, tally } => {
+                    ServiceEvent::Filled(self.count(vpid, tally))
+                }
+                WorkerNotice::SupplyEnded { number } => ServiceEvent::SupplyEnded(number),
                 WorkerNotice::StandbyLost => ServiceEvent::StandbyLost,
                 WorkerNotice::Failed(error) => ServiceEvent::Failed(error),
             });
@@ -134,16 +153,15 @@ impl Service {
         (self.filled == self.summary.tasks).then_some(self.summary)
     }
 
-    fn count(&mut self, family: &Family) -> TaskFill {
+    fn count(&mut self, vpid: i32, tally: Tally) -> TaskFill {
         let micros = u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let tally = family.tally;
         self.filled += 1;
         self.summary.pages += tally.pages;
         self.summary.faults += tally.faults;
         self.summary.unregistered += tally.unregistered;
         self.summary.micros = micros;
         TaskFill {
-            vpid: family.vpid,
+            vpid,
             spaces: tally.spaces,
             pages: tally.pages,
             faults: tally.faults,

@@ -4,16 +4,19 @@
 //! pager's death is told in the docs of [`super`].
 
 use super::channel::{Channel, ChannelError, Received};
-use super::control::PagerEvent;
+use super::control::{AgentOrder, PagerEvent};
 use super::family::Family;
 use super::last_resort;
+use super::provision::Provision;
 use super::service::{Service, ServiceEvent};
 use super::standby_link::{Change, ReadMarks, StandbyError, StandbyOrder, StandbyReply};
+use super::supply::SupplyLine;
 use super::worker::WorkerError;
 use crate::criu::lazy_pages::{LazyPagesConnection, LazyPagesMessage};
 use crate::kernel::userfaultfd_missing::{MissingUffd, UffdError};
+use crate::target::arrivals::Arrivals;
 use nix::errno::Errno;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -48,6 +51,9 @@ pub enum StandbyFailure {
     /// A worker gave up.
     #[error(transparent)]
     Worker(#[from] WorkerError),
+    /// The owed pages could not be watched over.
+    #[error("watching over the owed pages: {0}")]
+    Provision(#[source] io::Error),
     /// A system call failed.
     #[error("{action}: {errno}")]
     System {
@@ -124,6 +130,8 @@ struct Standby {
     agent: Option<Channel>,
     families: BTreeMap<i32, Family>,
     cgroups: Vec<PathBuf>,
+    provision: Provision,
+    line: Option<SupplyLine>,
     connection: Option<OwnedFd>,
     restored: bool,
     next_id: u32,
@@ -136,7 +144,11 @@ impl Standby {
             let missing = |order| StandbyFailure::Incomplete { order };
             let Received { message, runs, fd } = received;
             match message {
-                StandbyOrder::Watch { state_dir } => {
+                StandbyOrder::Watch {
+                    work_dir,
+                    state_dir,
+                } => {
+                    self.provision = Provision::new(&work_dir, &state_dir);
                     self.state_dir = state_dir;
                     self.pager = Some(fd.ok_or(missing("Watch"))?);
                 }
@@ -151,7 +163,21 @@ impl Standby {
                     let memfd = fd.ok_or(missing("Task"))?;
                     self.families.insert(vpid, Family::new(vpid, memfd, runs));
                 }
-                StandbyOrder::Serve { cgroups } => self.cgroups = cgroups,
+                StandbyOrder::Owed { vpid } => {
+                    let record = Arrivals::from_fd(fd.ok_or(missing("Owed"))?);
+                    let family = self.families.get_mut(&vpid).ok_or(missing("Owed"))?;
+                    self.provision
+                        .owe(vpid, family.store(), &record, runs.clone())
+                        .map_err(StandbyFailure::Provision)?;
+                    family.set_owed(record, &runs);
+                }
+                StandbyOrder::Serve { terms } => {
+                    self.cgroups.clone_from(&terms.cgroups);
+                    self.provision.set_terms(terms);
+                }
+                StandbyOrder::Supply => {
+                    self.line = Some(SupplyLine::from_fd(fd.ok_or(missing("Supply"))?));
+                }
                 StandbyOrder::Connection => self.connection = fd,
                 StandbyOrder::Uffd { vpid, member } => {
                     let uffd = MissingUffd::new(fd.ok_or(missing("Uffd"))?)?;
@@ -247,6 +273,12 @@ impl Standby {
         if self.restored {
             service.restored();
         }
+        if let Some(line) = self.line.take() {
+            service.supply(line, self.provision.supplied());
+        }
+        self.provision
+            .strand_if_alone()
+            .map_err(StandbyFailure::Provision)?;
         self.tell_agent(&PagerEvent::TookOver);
         let mut connection = match self.connection.take() {
             Some(fd) if !self.restored => {
@@ -257,42 +289,123 @@ impl Standby {
         if connection.is_none() && !self.restored {
             service.restored();
         }
-        let outcome = loop {
+        let outcome = self.serve(&mut service, &mut connection);
+        // Kept open on failure: its workers hold the userfaultfds.
+        self.service = Some(service);
+        outcome
+    }
+
+    /// Does what is left of the pager's work.
+    fn serve(
+        &mut self,
+        service: &mut Service,
+        connection: &mut Option<LazyPagesConnection>,
+    ) -> Result<(), StandbyFailure> {
+        loop {
             if let Some(summary) = service.done() {
+                self.provision.finish();
                 self.tell_agent(&PagerEvent::Done(summary));
-                break Ok(());
+                return Ok(());
             }
-            if let Err(error) = wait_for(&service, connection.as_ref()) {
-                break Err(error);
-            }
-            if let Some(criu) = &mut connection {
+            let ready = self.wait(service, connection.as_ref())?;
+            if let Some(criu) = connection {
                 // Every userfaultfd has come before release, so only the end marker or the end can. The pager may have
                 // read the marker and died before it said so; then the end stands for it.
                 match criu.receive() {
                     Ok(None) => {}
                     Ok(Some(LazyPagesMessage::Zombie { .. })) => {}
                     Ok(Some(_)) | Err(_) => {
-                        connection = None;
+                        *connection = None;
                         service.restored();
                     }
                 }
             }
-            let failed = service.events().into_iter().find_map(|event| match event {
-                ServiceEvent::Filled(fill) => {
-                    self.tell_agent(&PagerEvent::Filled(fill));
-                    None
-                }
-                // The standby has no standby.
-                ServiceEvent::StandbyLost => None,
-                ServiceEvent::Failed(error) => Some(error),
-            });
-            if let Some(error) = failed {
-                break Err(error.into());
+            if ready.agent {
+                self.hear_agent(service);
             }
+            if ready.adopter
+                && let Some(adoption) = self.provision.hand_over()
+            {
+                let (agent, line) = adoption.complete();
+                self.agent = Some(agent);
+                service.supply(line, self.provision.supplied());
+            }
+            for event in service.events() {
+                match event {
+                    ServiceEvent::Filled(fill) => {
+                        self.provision.filled(fill.vpid);
+                        self.tell_agent(&PagerEvent::Filled(fill));
+                    }
+                    ServiceEvent::SupplyEnded(number) => {
+                        self.provision.ended(number);
+                        self.provision
+                            .strand_if_alone()
+                            .map_err(StandbyFailure::Provision)?;
+                    }
+                    // The standby has no standby.
+                    ServiceEvent::StandbyLost => {}
+                    ServiceEvent::Failed(error) => return Err(error.into()),
+                }
+            }
+            let frozen = self.provision.freeze_if_due();
+            if frozen.map_err(StandbyFailure::Provision)? {
+                self.tell_agent(&PagerEvent::Stalled);
+            }
+        }
+    }
+
+    /// A new supply line is all the agent may still have for us.
+    fn hear_agent(&mut self, service: &Service) {
+        let Some(agent) = &self.agent else {
+            return;
         };
-        // Kept open on failure: its workers hold the userfaultfds.
-        self.service = Some(service);
-        outcome
+        match agent.receive::<AgentOrder>() {
+            Ok(Some(Received {
+                message: AgentOrder::Supply,
+                fd: Some(line),
+                ..
+            })) => service.supply(SupplyLine::from_fd(line), self.provision.supplied()),
+            Ok(Some(_)) => {}
+            Ok(None) | Err(_) => self.agent = None,
+        }
+    }
+
+    fn wait(
+        &self,
+        service: &Service,
+        connection: Option<&LazyPagesConnection>,
+    ) -> Result<Ready, StandbyFailure> {
+        let agent = self.agent.as_ref().map(AsFd::as_fd);
+        let sources = [
+            Some(service.as_fd()),
+            agent,
+            self.provision.listener(),
+            connection.map(AsFd::as_fd),
+        ];
+        let fds = sources.iter().flatten();
+        let mut fds: Vec<PollFd<'_>> = fds
+            .map(|&fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+            .collect();
+        let patience = self.provision.patience().map(|left| Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(left.subsec_nanos()) as _,
+        });
+        loop {
+            match poll(&mut fds, patience.as_ref()) {
+                Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => {
+                    return Err(StandbyFailure::System {
+                        action: "waiting for events",
+                        errno: Errno::from_raw(errno.raw_os_error()),
+                    });
+                }
+                Ok(_) => break,
+            }
+        }
+        let mut ready = fds.iter().map(|fd| !fd.revents().is_empty());
+        let [_, agent, adopter, _] =
+            sources.map(|source| source.is_some() && ready.next() == Some(true));
+        Ok(Ready { agent, adopter })
     }
 
     fn tell_agent(&self, event: &PagerEvent) {
@@ -303,31 +416,16 @@ impl Standby {
     }
 }
 
-fn wait_for(
-    service: &Service,
-    connection: Option<&LazyPagesConnection>,
-) -> Result<(), StandbyFailure> {
-    let mut fds = vec![PollFd::from_borrowed_fd(service.as_fd(), PollFlags::IN)];
-    if let Some(connection) = connection {
-        fds.push(PollFd::from_borrowed_fd(connection.as_fd(), PollFlags::IN));
-    }
-    loop {
-        match poll(&mut fds, None) {
-            Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => {
-                return Err(StandbyFailure::System {
-                    action: "waiting for events",
-                    errno: Errno::from_raw(errno.raw_os_error()),
-                });
-            }
-            Ok(_) => return Ok(()),
-        }
-    }
+/// Who is to be heard, besides CRIU and the workers.
+struct Ready {
+    agent: bool,
+    adopter: bool,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::target::pager::control::Terms;
     use std::path::Path;
     use std::process::{Command, Stdio};
 
@@ -390,6 +488,7 @@ mod tests {
         let agent = Channel::new(agent).expect("a channel");
         let standby = std::thread::spawn(move || run(theirs));
         let watch = StandbyOrder::Watch {
+            work_dir: state.path().join("work"),
             state_dir: state.path().to_owned(),
         };
         link.send_fd(&watch, pidfd.as_fd()).expect("sent");
@@ -399,7 +498,11 @@ mod tests {
             .expect("sent");
         drop(agents);
         let cgroups = vec![cgroup.0.clone()];
-        link.send(&StandbyOrder::Serve { cgroups }).expect("sent");
+        let terms = Terms {
+            cgroups,
+            ..Terms::default()
+        };
+        link.send(&StandbyOrder::Serve { terms }).expect("sent");
         link.send(&StandbyOrder::Release).expect("sent");
         assert!(matches!(
             link.receive::<StandbyReply>()

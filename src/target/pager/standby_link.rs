@@ -7,6 +7,7 @@
 //! finds a mark set does not serve; it kills the container.
 
 use super::channel::{Channel, ChannelError};
+use super::control::Terms;
 use super::family::MemberId;
 use crate::memory::{PageNumber, PageRange};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -28,15 +29,22 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum StandbyOrder {
     /// With a pidfd of the pager.
-    Watch { state_dir: PathBuf },
+    Watch {
+        work_dir: PathBuf,
+        state_dir: PathBuf,
+    },
     /// With the file of the read marks.
     Marks,
-    /// With a copy of the pager's control socket, to report to the agent.
+    /// With a copy of the pager's control socket, to report to the agent. Sent again when another agent has adopted the pager.
     Agent,
     /// With the memfd and the lazy runs of a task.
     Task { vpid: i32 },
-    /// The tasks are complete. `cgroups` are killed if all fails.
-    Serve { cgroups: Vec<PathBuf> },
+    /// With the record of arrivals and the owed runs of a task named before.
+    Owed { vpid: i32 },
+    /// The tasks are complete.
+    Serve { terms: Terms },
+    /// With a copy of the pager's end of a supply line, in place of the one before.
+    Supply,
     /// With a copy of CRIU's connection, so that it outlives the pager.
     Connection,
     /// With a task's userfaultfd.
@@ -116,6 +124,7 @@ pub(super) struct StandbyLink {
 impl StandbyLink {
     /// Starts this program again as `pager --standby` and introduces the pager to it.
     pub fn start(
+        work_dir: &Path,
         state_dir: &Path,
         agent: BorrowedFd<'_>,
         marks: &ReadMarks,
@@ -141,6 +150,7 @@ impl StandbyLink {
         .map_err(|errno| StandbyError::Start(errno.into()))?;
         channel.send_fd(
             &StandbyOrder::Watch {
+                work_dir: work_dir.to_owned(),
                 state_dir: state_dir.to_owned(),
             },
             pidfd.as_fd(),

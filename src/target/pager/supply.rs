@@ -92,6 +92,12 @@ impl SupplyLine {
         }
     }
 
+    /// Ends the line for the other end too, whoever else holds a copy of this one.
+    pub fn hang_up(self) {
+        // The only error is that it has ended already.
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+    }
+
     /// The next message, without waiting.
     ///
     /// # Errors
@@ -198,6 +204,19 @@ mod tests {
         drop(pager);
         assert_eq!(agent.receive().expect("a clean end"), Heard::End);
         assert!(agent.send(SupplyMessage::AskAgain).is_err());
+    }
+
+    #[test]
+    fn to_hang_up_ends_the_line_for_every_copy() {
+        let (pager, agent) = SupplyLine::pair().expect("a pair");
+        let copy = pager.as_fd().try_clone_to_owned().expect("duplicated");
+        let standby = SupplyLine::from_fd(copy);
+        assert!(pager.send(SupplyMessage::AskAgain).expect("open"));
+        pager.hang_up();
+        let said = Heard::Message(SupplyMessage::AskAgain);
+        assert_eq!(agent.receive().expect("still there"), said);
+        assert_eq!(agent.receive().expect("a clean end"), Heard::End);
+        assert_eq!(standby.receive().expect("a clean end"), Heard::End);
     }
 
     #[test]

@@ -5,8 +5,11 @@
 //! placed by a map from before a change that the process has already gone on from.
 //!
 //! ```text
-//!  loop:  poll ─▶ events of every ready userfaultfd, all that wait ─▶ faults ─▶ one chunk of the fill
+//!  loop:  poll ─▶ events of every ready userfaultfd, all that wait ─▶ arrivals ─▶ faults ─▶ requests ─▶ one chunk of the fill
 //! ```
+//!
+//! In post-copy the worker reads and writes the supply line itself: from a fault to its request, and from an arrival to the
+//! answer, it is one wake-up.
 //!
 //! **Order trap.** The kernel hands out waiting faults before waiting events, and refuses to place any page (EAGAIN) while an
 //! event waits. So a fault read first may belong to a page whose removal is still in the queue; it cannot be
@@ -14,23 +17,32 @@
 //! before faults are answered, and a fault refused with EAGAIN is looked up afresh after the next draining. (Firecracker's
 //! example handlers in src/firecracker/examples/uffd treat the same trap.)
 
+mod orders;
+mod post_copy;
+
+pub(super) use orders::{Notices, WorkerHandle, WorkerNotice, WorkerOrder};
+
 use super::family::{Family, FamilyError, LARGE_CHUNK, MemberId, Step};
 use super::standby_link::{Change, ReadMarks, StandbyError, StandbyLink, StandbyOrder};
-use crate::kernel::userfaultfd_missing::{MissingEvent, MissingUffd, UffdError};
+use crate::kernel::userfaultfd_missing::{MissingEvent, UffdError};
 use crate::memory::{PAGE_SIZE, PageRange};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
+use orders::wake_up;
+use post_copy::Supplies;
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 use userfaultfd::EventBuffer;
 
 /// The key of the wake-up descriptor among the member ids, which have 32 bits.
 const WAKE: u64 = u64::MAX;
+/// The key of the supply line.
+const SUPPLY: u64 = u64::MAX - 1;
 const EVENTS_AT_ONCE: usize = 32;
 
 /// Why a worker stopped.
@@ -54,85 +66,6 @@ pub enum WorkerError {
         /// The task's pid inside the container.
         vpid: i32,
     },
-}
-
-/// Main thread → worker.
-#[derive(Debug)]
-pub(super) enum WorkerOrder {
-    /// Serve this family, with the address spaces it already has.
-    Family(Box<Family>),
-    /// A task's userfaultfd has come.
-    Uffd {
-        vpid: i32,
-        member: MemberId,
-        uffd: MissingUffd,
-    },
-    /// CRIU has registered all it will.
-    Restored,
-    /// The standby has closed this address space.
-    Closed { vpid: i32, member: MemberId },
-    /// There is no standby any more.
-    Alone,
-}
-
-/// Worker → main thread.
-#[derive(Debug)]
-pub(super) enum WorkerNotice {
-    /// A family is complete and let go. Its address spaces are closed already.
-    Filled(Box<Family>),
-    /// The standby could not be told something; it has been killed.
-    StandbyLost,
-    /// The worker has stopped. It keeps its userfaultfds open until the process ends.
-    Failed(WorkerError),
-}
-
-/// The main thread's end of a worker.
-#[derive(Debug)]
-pub(super) struct WorkerHandle {
-    orders: Sender<WorkerOrder>,
-    wake: Arc<EventFd>,
-}
-
-impl WorkerHandle {
-    /// Hands over an order. A worker that is gone has said so in a notice.
-    pub fn order(&self, order: WorkerOrder) {
-        if self.orders.send(order).is_ok() {
-            // The counter of an eventfd overflows after 2^64 orders.
-            let _ = self.wake.write(1);
-        }
-    }
-}
-
-/// Where workers leave their notices for the main thread to poll.
-#[derive(Clone, Debug)]
-pub(super) struct Notices {
-    sender: Sender<WorkerNotice>,
-    wake: Arc<EventFd>,
-}
-
-impl Notices {
-    pub fn new() -> Result<(Self, Receiver<WorkerNotice>), Errno> {
-        let (sender, receiver) = channel();
-        let wake = Arc::new(wake_up()?);
-        Ok((Notices { sender, wake }, receiver))
-    }
-
-    /// Empties the wake-up counter.
-    pub fn acknowledge(&self) {
-        let _ = self.wake.read();
-    }
-
-    fn send(&self, notice: WorkerNotice) {
-        if self.sender.send(notice).is_ok() {
-            let _ = self.wake.write(1);
-        }
-    }
-}
-
-impl AsFd for Notices {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.wake.as_fd()
-    }
 }
 
 /// What a worker keeps its standby informed with.
@@ -164,6 +97,7 @@ pub(super) fn start(
         families: HashMap::new(),
         home: HashMap::new(),
         queue: VecDeque::new(),
+        supplies: Supplies::default(),
         restored: false,
         buffer: vec![0; (LARGE_CHUNK * PAGE_SIZE) as usize],
         events: EventBuffer::new(EVENTS_AT_ONCE),
@@ -180,10 +114,7 @@ pub(super) fn start(
             }
         })
         .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EAGAIN)))?;
-    Ok(WorkerHandle {
-        orders: sender,
-        wake,
-    })
+    Ok(WorkerHandle::new(sender, wake))
 }
 
 struct Worker {
@@ -199,6 +130,7 @@ struct Worker {
     home: HashMap<MemberId, i32>,
     /// Members that may have something to fill, the next one first.
     queue: VecDeque<MemberId>,
+    supplies: Supplies,
     restored: bool,
     buffer: Vec<u8>,
     events: EventBuffer,
@@ -213,9 +145,12 @@ impl Worker {
                 Err(Errno::EINTR) => 0,
                 other => other?,
             };
+            let mut supplied = false;
             for event in &ready[..count] {
                 if event.data() == WAKE {
                     let _ = self.wake.read();
+                } else if event.data() == SUPPLY {
+                    supplied = true;
                 } else if let Ok(id) = u32::try_from(event.data()) {
                     self.read_events(MemberId(id))?;
                 }
@@ -223,7 +158,12 @@ impl Worker {
             if !self.follow_orders()? {
                 return Ok(());
             }
+            if supplied {
+                self.hear_supply()?;
+            }
+            self.probe_the_waiting()?;
             let refused = self.serve_faults()?;
+            self.send_wants()?;
             let idle = !self.fill_a_chunk()?;
             if refused && idle {
                 // The thread that caused the event must run before the kernel lets pages be placed again.
@@ -234,7 +174,7 @@ impl Worker {
 
     /// How long to wait for events: not at all while there is work.
     fn patience(&self) -> EpollTimeout {
-        let mut next: Option<Instant> = None;
+        let mut next = self.next_probe();
         let queued = self.queue.iter().filter_map(|id| self.member(*id));
         let faulted = self
             .families
@@ -268,9 +208,10 @@ impl Worker {
             match self.orders.try_recv() {
                 Err(TryRecvError::Empty) => return Ok(true),
                 Err(TryRecvError::Disconnected) => return Ok(false),
-                Ok(WorkerOrder::Family(family)) => {
+                Ok(WorkerOrder::Family(mut family)) => {
                     let vpid = family.vpid;
                     let members: Vec<MemberId> = family.members.keys().copied().collect();
+                    family.review()?;
                     self.families.insert(vpid, *family);
                     for member in members {
                         self.adopt(vpid, member)?;
@@ -292,6 +233,7 @@ impl Worker {
                     // What was complete before may be closed now.
                     self.queue = self.home.keys().copied().collect();
                 }
+                Ok(WorkerOrder::Supply { line, number }) => self.supply(line, number)?,
                 Ok(WorkerOrder::Closed { vpid, member }) => self.let_go(vpid, member)?,
                 Ok(WorkerOrder::Alone) => {
                     self.mirror = None;
@@ -353,6 +295,10 @@ impl Worker {
         }
         if let Some(family) = self.families.get(&vpid) {
             family.free(&freed)?;
+            if family.is_post_copy() {
+                // The last owed page may have been dropped.
+                self.queue_up(id);
+            }
         }
         Ok(())
     }
@@ -432,7 +378,7 @@ impl Worker {
             loop {
                 match family.serve_fault(id)? {
                     Step::Progress => {}
-                    Step::Complete | Step::Later => break,
+                    Step::Complete | Step::Waiting | Step::Later => break,
                     Step::Changing => {
                         refused = true;
                         break;
@@ -484,8 +430,8 @@ impl Worker {
                     self.close(vpid, id)?;
                 }
                 Step::Complete if self.restored => self.close(vpid, id)?,
-                // Comes back to the queue when the restore is finished.
-                Step::Complete => {}
+                // Comes back to the queue when the restore is finished, or pages have come.
+                Step::Complete | Step::Waiting => {}
             }
         }
         Ok(false)
@@ -535,11 +481,9 @@ impl Worker {
         if self.families.get(&vpid).is_some_and(Family::done)
             && let Some(family) = self.families.remove(&vpid)
         {
-            self.notices.send(WorkerNotice::Filled(Box::new(family)));
+            let tally = family.tally;
+            self.notices.send(WorkerNotice::Filled { vpid, tally });
+            self.supplies.keep(family);
         }
     }
-}
-
-fn wake_up() -> Result<EventFd, Errno> {
-    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
 }

@@ -261,6 +261,12 @@ pub struct Manifest {
     /// Frames sent since the beginning on each page stream, by its index.
     #[serde(deserialize_with = "at_most::<MAX_PAGE_STREAMS, _, _>")]
     pub frames_per_stream: Vec<u64>,
+    /// Pages that were declared owed on the page streams: the copy runs before they come. 0 in pre-copy.
+    #[serde(default)]
+    pub owed_pages: u64,
+    /// How long the copy may wait for a lost source before it is stopped and kept, in seconds.
+    #[serde(default)]
+    pub reconnect_s: u32,
 }
 
 impl Manifest {
@@ -329,9 +335,20 @@ pub struct Query {
     pub migration: MigrationId,
 }
 
-/// The container may come.
+/// This connection takes the place of a lost one, on which owed pages were sent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Accepted {}
+pub struct Resume {
+    /// The migration whose copy is owed pages.
+    pub migration: MigrationId,
+}
+
+/// The container may come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Accepted {
+    /// It may be released here before all its pages have come. Absent from what an older target says: it cannot.
+    #[serde(default)]
+    pub lazy: bool,
+}
 
 /// The container may not come.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -403,6 +420,17 @@ pub struct Filled {
     pub after_release_us: u64,
 }
 
+/// Every owed page has arrived: nothing of the container is needed at the source any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Whole {
+    /// From the release to the last page's arrival, in microseconds.
+    pub after_release_us: u64,
+}
+
+/// Go on sending owed pages: which are still missing comes on the fault streams.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Resumed {}
+
 /// What became of a migration.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Outcome {
@@ -416,8 +444,12 @@ pub struct Outcome {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Fate {
-    /// The container was released here: only the target may run it.
+    /// The container was released here: only the target may run it. It needs nothing from the source any more.
     Committed,
+    /// The container was released here and is owed pages that only the source has.
+    Serving,
+    /// The container was released here and ended when pages it was owed could not be had. Nothing can be sent to it any more.
+    Lost,
     /// The container was not released here and never will be.
     RolledBack,
     /// The target's journal does not know the migration.

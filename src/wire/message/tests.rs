@@ -117,6 +117,8 @@ fn every_message_survives_the_wire() {
                 size: 17,
             }],
             frames_per_stream: vec![5],
+            owed_pages: 0,
+            reconnect_s: 0,
         }
         .into(),
         Commit {}.into(),
@@ -129,7 +131,7 @@ fn every_message_survives_the_wire() {
             migration: MigrationId::from_bytes([0xff; 16]),
         }
         .into(),
-        Accepted {}.into(),
+        Accepted { lazy: true }.into(),
         Refused {
             refusals: vec![Refusal {
                 code: PeerError::Unlisted(4711),
@@ -177,6 +179,12 @@ fn every_message_survives_the_wire() {
         let bytes = message.encode().expect("encodes");
         assert_eq!(decode(&bytes).expect("decodes"), message);
     }
+}
+
+#[test]
+fn a_target_that_does_not_say_whether_it_restores_lazily_does_not() {
+    let read = decode(&with_body(101, b"{}")).expect("an older target's answer");
+    assert_eq!(read, Accepted { lazy: false }.into());
 }
 
 #[test]
@@ -289,6 +297,8 @@ fn a_message_too_large_to_be_read_is_not_sent() {
             })
             .collect(),
         frames_per_stream: vec![],
+        owed_pages: 0,
+        reconnect_s: 0,
     };
     assert!(matches!(
         Message::from(manifest).encode(),

@@ -62,6 +62,14 @@ fn the_walk_notices_a_target_that_answers_before_its_copy_runs() {
 }
 
 #[test]
+fn the_walk_notices_a_target_that_says_whole_while_pages_are_missing() {
+    broken_by(
+        Flaw::WholeSaidBeforeItIs,
+        "the source destroyed pages that the copy lacks",
+    );
+}
+
+#[test]
 fn the_walk_notices_a_rollback_said_before_the_copy_is_gone() {
     broken_by(Flaw::RolledBackSaidBeforeDiscard, "two copies run");
 }
@@ -101,6 +109,7 @@ enum Flaw {
     RolledBackSaidBeforeDiscard,
     HoldNotConfirmed,
     NeverAsks,
+    WholeSaidBeforeItIs,
 }
 
 /// Whether a step is the world going on or something failing.
@@ -120,13 +129,15 @@ struct Walk {
 
 impl Walk {
     fn through_everything(flaw: Flaw) -> Result<Walk, String> {
-        let first = World::first();
+        // A move whose copy runs when it is whole, and one whose copy is owed pages.
+        let first = [World::first(false), World::first(true)];
         let mut walk = Walk {
-            worlds: vec![first.clone()],
-            before: vec![Vec::new()],
+            worlds: first.to_vec(),
+            before: vec![Vec::new(); 2],
         };
-        let mut known = HashMap::from([(first, 0)]);
-        let mut queue = VecDeque::from([0]);
+        let [whole, owed] = first;
+        let mut known = HashMap::from([(whole, 0), (owed, 1)]);
+        let mut queue = VecDeque::from([0, 1]);
         while let Some(index) = queue.pop_front() {
             let world = walk.worlds[index].clone();
             for (kind, next) in world.steps(flaw)? {

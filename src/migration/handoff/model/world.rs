@@ -31,6 +31,7 @@ enum Message {
     Query,
     Abort,
     Prepared,
+    Serving,
     Committed,
     RolledBack,
     Pending,
@@ -59,12 +60,16 @@ pub(super) struct World {
     /// The hook's mark: from here on tasks of the copy may have run.
     marked: bool,
 
+    /// Pages are missing at the target that only the source has.
+    owed: bool,
+
     /// Messages under way, as a set of bits: any may arrive next, twice or never.
-    under_way: u8,
+    under_way: u16,
 }
 
 impl World {
-    pub(super) fn first() -> World {
+    /// `owed`: the target's copy will run before it has every page.
+    pub(super) fn first(owed: bool) -> World {
         World {
             source: Some(Course::start()),
             source_answer: None,
@@ -79,6 +84,7 @@ impl World {
             there: There::Nothing,
             orphan: false,
             marked: false,
+            owed,
             under_way: 0,
         }
     }
@@ -92,6 +98,9 @@ impl World {
         }
         if self.here == Here::Dead && !self.marked {
             return Err("the source destroyed the only copy");
+        }
+        if self.here == Here::Dead && self.there == There::Running && self.owed {
+            return Err("the source destroyed pages that the copy lacks");
         }
         Ok(())
     }
@@ -127,16 +136,33 @@ impl World {
         self.source_steps(flaw, &mut steps)?;
         self.target_steps(flaw, &mut steps)?;
         self.network_steps(&mut steps)?;
+        self.pages_steps(&mut steps);
         if self.orphan {
             self.orphan_hook(flaw, &mut steps);
         }
         Ok(steps)
     }
 
+    /// Pages cross while both ends work, whatever becomes of the messages; a copy that ended needs none.
+    fn pages_steps(&self, steps: &mut Steps) {
+        let served = self.here == Here::Frozen
+            && self.there == There::Running
+            && self.target.is_some()
+            && self
+                .source
+                .as_ref()
+                .is_some_and(|course| course.state() == SourceState::Serving);
+        if self.owed && (served || self.there == There::Gone && self.marked) {
+            let mut whole = self.clone();
+            whole.owed = false;
+            steps.push((Kind::Works, whole));
+        }
+    }
+
     fn network_steps(&self, steps: &mut Steps) -> Result<(), String> {
         use Message::*;
         for message in [
-            Skeleton, Commit, Query, Abort, Prepared, Committed, RolledBack, Pending,
+            Skeleton, Commit, Query, Abort, Prepared, Serving, Committed, RolledBack, Pending,
         ] {
             if !self.carries(message) {
                 continue;
@@ -150,6 +176,7 @@ impl World {
                 Query => lost.target_sees(TargetEvent::Query)?,
                 Abort => lost.target_sees(TargetEvent::Abort)?,
                 Prepared => lost.source_sees(SourceEvent::TargetPrepared)?,
+                Serving => lost.source_sees(SourceEvent::TargetSaysServing)?,
                 Committed => lost.source_sees(SourceEvent::TargetSaysCommitted)?,
                 RolledBack => lost.source_sees(SourceEvent::TargetSaysRolledBack)?,
                 Pending => lost.source_sees(SourceEvent::TargetSaysPending)?,
@@ -157,7 +184,7 @@ impl World {
             let Some(arrived) = arrived else { continue };
             // Only what is sent in datagrams of their own could come twice; a question and its answers may, on
             // a second connection.
-            if matches!(message, Query | Commit | Committed | RolledBack) {
+            if matches!(message, Query | Commit | Serving | Committed | RolledBack) {
                 let mut twice = arrived.clone();
                 twice.under_way |= bit(message);
                 steps.push((Kind::Fails, twice));
@@ -205,7 +232,7 @@ impl World {
         }
 
         // Time passes: whoever waits for something that does not come gives up waiting, or asks again.
-        let waits = if state == SourceState::Unknown {
+        let waits = if matches!(state, SourceState::Unknown | SourceState::Serving) {
             SourceEvent::PeerLost
         } else {
             SourceEvent::Timeout
@@ -295,11 +322,12 @@ impl World {
                 steps.push((Kind::Works, self.source_answers(SourceEvent::RecordWritten)));
             }
             RecordDeciding => self.source_writes(SourceRecord::Deciding, steps),
+            RecordServing => self.source_writes(SourceRecord::Serving, steps),
             RecordCommitted => self.source_writes(SourceRecord::Committed, steps),
             RecordRolledBack => self.source_writes(SourceRecord::RolledBack, steps),
             RecordClosed => self.source_writes(SourceRecord::Closed, steps),
             SendCommit => steps.push((Kind::Works, self.sends(Message::Commit))),
-            AskTarget => steps.push((Kind::Works, self.sends(Message::Query))),
+            AskTarget | ServePages => steps.push((Kind::Works, self.sends(Message::Query))),
             AbortTarget => steps.push((Kind::Works, self.sends(Message::Abort))),
             DestroyFrozenCopy => {
                 self.here = Here::Dead;
@@ -406,6 +434,9 @@ impl World {
             RecordReleased => self.target_writes(TargetRecord::Released, steps),
             RecordAborted => self.target_writes(TargetRecord::Aborted, steps),
             AnswerPrepared => steps.push((Kind::Works, self.sends(Message::Prepared))),
+            AnswerCommitted if self.owed && flaw != Flaw::WholeSaidBeforeItIs => {
+                steps.push((Kind::Works, self.sends(Message::Serving)))
+            }
             AnswerCommitted => steps.push((Kind::Works, self.sends(Message::Committed))),
             AnswerRolledBack => steps.push((Kind::Works, self.sends(Message::RolledBack))),
             AnswerPending => steps.push((Kind::Works, self.sends(Message::Pending))),
@@ -537,6 +568,6 @@ impl World {
     }
 }
 
-fn bit(message: Message) -> u8 {
-    1 << message as u8
+fn bit(message: Message) -> u16 {
+    1 << message as u16
 }

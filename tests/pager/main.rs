@@ -1,6 +1,8 @@
 //! The pager against real userfaultfds: a task that hands its memory over as CRIU does, and every way in which the
 //! processes around it die. Needs root and a C compiler; fails without them.
 
+mod owed;
+
 use migrate::criu::lazy_pages::SOCKET_NAME;
 use migrate::memory::{PAGE_SIZE, PageNumber, PageRange, SpaceId};
 use migrate::target::page_store::{PageRun, PageStore, PageStoreLimits, RunContent};
@@ -10,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -19,7 +21,7 @@ const BASE: u64 = 0x1000_0000_0000;
 /// A migration up to the point where CRIU is about to restore: directories, the store and a listening pager.
 struct Scene {
     directory: tempfile::TempDir,
-    store: PageStore,
+    store: Arc<PageStore>,
     pager: PagerHandle,
     criu: UnixStream,
     tasks: Vec<Task>,
@@ -38,13 +40,15 @@ impl Scene {
         let directory = tempfile::tempdir().expect("a directory");
         let mut command = Command::new(env!("CARGO_BIN_EXE_migrate"));
         command.arg("pager");
-        let pager = PagerHandle::spawn(command, directory.path(), directory.path(), PATIENCE)
+        let work = directory.path().join("work");
+        std::fs::create_dir(&work).expect("CRIU's work directory");
+        let pager = PagerHandle::spawn(command, &work, directory.path(), PATIENCE)
             .expect("a listening pager");
-        let criu = UnixStream::connect(directory.path().join(SOCKET_NAME)).expect("CRIU connects");
-        let store = PageStore::new(PageStoreLimits {
+        let criu = UnixStream::connect(work.join(SOCKET_NAME)).expect("CRIU connects");
+        let store = Arc::new(PageStore::new(PageStoreLimits {
             spaces: 64,
             bytes: 8 << 30,
-        });
+        }));
         Scene {
             directory,
             store,
@@ -123,6 +127,7 @@ impl Scene {
             memfd: self.store.memfd(SpaceId(vpid as u32)).expect("a memfd"),
             lazy: vec![lazy],
             hot: Vec::new(),
+            owed: None,
         }
     }
 
@@ -532,6 +537,12 @@ impl Cgroup {
             .into_iter()
             .find(|path| std::fs::create_dir(path).is_ok());
         Cgroup(made.expect("root may make a cgroup"))
+    }
+
+    /// Whether every process in it stands still, by either version's freezer.
+    fn is_frozen(&self) -> bool {
+        let read = |file| std::fs::read_to_string(self.0.join(file)).unwrap_or_default();
+        read("freezer.state").trim() == "FROZEN" || read("cgroup.events").contains("frozen 1")
     }
 
     fn take_in(&self, process: &Child) {

@@ -1,0 +1,165 @@
+//! Post-copy: what the copy at the target lacks, and how it gets it.
+//!
+//! ```text
+//!  freeze ─▶ send_delta: only what cannot be lazy          ─▶ send_images: the rest is declared owed, the service begins
+//!  commit ─▶ the copy runs ─▶ the service goes on, over a new connection if need be ─▶ whole ─▶ what is frozen here dies
+//! ```
+
+use super::Handover;
+use crate::migration::event::Event;
+use crate::migration::handoff::{SourceEvent, SourceState};
+use crate::migration::journal::{Owing, OwingSpace, ProcessName};
+use crate::migration::mode::Switch;
+use crate::runtime::Task;
+use crate::source::resume::{Owed, Told};
+use crate::source::send::{FrameSink, PagesToSend};
+use crate::source::serve::{PageServer, Served};
+use crate::source::settle;
+use crate::wire::message::Whole;
+use std::time::{Duration, Instant};
+
+/// How often is told how far the serving is.
+const PROGRESS_PERIOD: Duration = Duration::from_millis(200);
+
+impl<S: FrameSink> Handover<'_, S> {
+    pub(super) fn is_post_copy(&self) -> bool {
+        self.switch == Switch::PostCopy
+    }
+
+    /// Begins to send owed pages. CRIU's restore may touch some of them, so this does not wait for the commit.
+    pub(super) fn start_service(&mut self) -> Result<(), String> {
+        let Some(link) = self.link.as_ref().filter(|_| !self.owed.is_empty()) else {
+            return Ok(());
+        };
+        let server = PageServer::new(self.owed.clone(), self.plan.compression)
+            .map_err(|error| error.to_string())?;
+        self.progress = Some(server.progress());
+        let serving = server.attach(link.connection());
+        self.server = Some(serving.map_err(|error| error.to_string())?);
+        Ok(())
+    }
+
+    /// A service that ended has told the target why by closing the connection; what is left to do is to say so here.
+    pub(super) fn service_failed(&mut self) -> Option<SourceEvent> {
+        let server = self.server.take_if(|server| server.is_over())?;
+        let (_, served) = server.wait();
+        let error = served.err()?;
+        if self.course.state().is_settled() {
+            return None;
+        }
+        self.link = None;
+        self.because(format!(
+            "serving owed pages: {}",
+            crate::chain::one_line(&error)
+        ));
+        Some(SourceEvent::PeerLost)
+    }
+
+    /// What recovery needs to serve in our place; `None` if nothing is owed.
+    pub(super) fn owing(&self) -> Option<Owing> {
+        if self.owed.is_empty() {
+            return None;
+        }
+        let space = |pages: &PagesToSend| OwingSpace {
+            space: pages.space,
+            process: ProcessName {
+                pid: pages.pid,
+                start_time: Task::read(pages.pid)
+                    .ok()
+                    .flatten()
+                    .map_or(0, |task| task.start_time),
+            },
+        };
+        Some(Owing {
+            spaces: self.owed.iter().map(space).collect(),
+            reconnect_s: self.plan.reconnect_timeout.as_secs(),
+        })
+    }
+
+    /// What the target's *committed* means here.
+    pub(super) fn who_runs(&self) -> SourceEvent {
+        if self.owed.is_empty() || self.whole {
+            SourceEvent::TargetSaysCommitted
+        } else {
+            SourceEvent::TargetSaysServing
+        }
+    }
+
+    /// The target lacks nothing any more. It may say so before it says that the copy runs.
+    pub(super) fn heard_whole(&mut self, whole: Whole) -> Option<SourceEvent> {
+        self.whole = true;
+        self.tell_whole(whole);
+        (self.course.state() == SourceState::Serving).then_some(SourceEvent::TargetSaysCommitted)
+    }
+
+    /// The service over the connection it began on goes on by itself; without it the target is looked for.
+    pub(super) fn serve_pages(&mut self) -> Option<SourceEvent> {
+        if self.link.is_some() && self.server.is_some() {
+            return None;
+        }
+        self.server = None;
+        let owing = self.owing()?;
+        let owed = Owed {
+            state_dir: &self.plan.state_dir,
+            target: &self.plan.target,
+            migration: self.migration,
+            owing: &owing,
+        };
+        let patience = self.plan.reconnect_timeout;
+        if self.lost.is_some() {
+            std::thread::sleep(settle::PAUSE);
+        } else {
+            let reason = self.ended.reason.clone().unwrap_or_default();
+            (self.emit)(Event::LinkLost { reason, patience });
+            self.lost = Some(Instant::now());
+        }
+        let (emit, lost) = (self.emit, &mut self.lost);
+        let mut whole = Whole::default();
+        let (event, reason) = owed.serve(&mut |told| match told {
+            Told::Connected => {
+                let duration = lost.take().map_or(Duration::ZERO, |lost| lost.elapsed());
+                emit(Event::LinkBack { duration });
+            }
+            Told::Progress(served) => emit(event_of(&served)),
+            Told::Whole(said) => whole = said,
+        });
+        if event == SourceEvent::TargetSaysCommitted {
+            self.heard_whole(whole);
+        } else if self.lost.is_none() {
+            let reason = reason.clone();
+            (self.emit)(Event::LinkLost { reason, patience });
+            self.lost = Some(Instant::now());
+        }
+        self.ended.reason = Some(reason);
+        Some(event)
+    }
+
+    /// Now and then says how far the service is.
+    pub(super) fn tell_serving(&mut self) {
+        let due = self
+            .serving_told
+            .is_none_or(|told| told.elapsed() > PROGRESS_PERIOD);
+        if due
+            && self.committed_told
+            && self.server.is_some()
+            && let Some(progress) = &self.progress
+        {
+            self.serving_told = Some(Instant::now());
+            (self.emit)(event_of(&progress.now()));
+        }
+    }
+
+    fn tell_whole(&mut self, whole: Whole) {
+        let duration = Duration::from_micros(whole.after_release_us);
+        self.ended.whole.get_or_insert(duration);
+        (self.emit)(Event::Whole { duration });
+    }
+}
+
+fn event_of(served: &Served) -> Event {
+    Event::Serving {
+        pages_left: served.pages_left,
+        bytes_wire: served.pushed_bytes + served.answered_bytes,
+        faults: served.faults,
+    }
+}

@@ -1,0 +1,196 @@
+//! Post-copy at the source, when a connection was lost or the process that served has died: connect again and go on.
+//!
+//! ```text
+//!  Resume ──▶  Resumed: the target says which owed pages it still lacks ─▶ they are sent ─▶ Whole
+//!         ──▶  Outcome: it lacks nothing any more, or there is nobody left to send pages to
+//! ```
+//!
+//! A running migration does this after its connection broke, the guard and `migrate resume` after its process ended. The
+//! frozen container is the same for all of them, so all go on from what the target has.
+
+use super::link::{Link, LinkError};
+use super::serve::{PageServer, ServeError, Served};
+use super::settle::connector;
+use crate::migration::handoff::SourceEvent;
+use crate::migration::journal::{Owing, OwingSpace};
+use crate::migration::{MigrationId, PeerAddress};
+use crate::runtime::Task;
+use crate::transport::TransportError;
+use crate::wire::codec::Compression;
+use crate::wire::message::{Fate, Message, Resume, Whole};
+use crate::wire::peer_error::PeerError;
+use std::path::Path;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// How long the answer to `Resume` may take.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often is told how far the serving is.
+const PROGRESS_PERIOD: Duration = Duration::from_millis(500);
+
+/// Whom to send owed pages to, and whose.
+#[derive(Clone, Copy, Debug)]
+pub struct Owed<'a> {
+    /// Where identity and trust store are.
+    pub state_dir: &'a Path,
+    /// The target's agent.
+    pub target: &'a PeerAddress,
+    /// The migration.
+    pub migration: MigrationId,
+    /// The frozen processes.
+    pub owing: &'a Owing,
+}
+
+/// What is told while pages are sent.
+#[derive(Clone, Debug)]
+pub enum Told {
+    /// The target is there and lacks pages.
+    Connected,
+    /// So far.
+    Progress(Served),
+    /// The target lacks nothing any more.
+    Whole(Whole),
+}
+
+/// Why pages cannot be sent for now.
+#[derive(Debug, Error)]
+pub enum ServingError {
+    /// A process that owes pages is gone: they are lost.
+    #[error("process {pid}, which owes pages of the container that moved, is gone: they are lost")]
+    ProcessGone {
+        /// Its pid.
+        pid: i32,
+    },
+    /// The target cannot be talked to.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The target's answer makes no sense here.
+    #[error("the target says {0}")]
+    Answer(String),
+    /// Sending pages failed.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+}
+
+impl Owed<'_> {
+    /// Connects, and serves until the target has every page or the connection breaks. What the target said last is the
+    /// event; the text says more, for people.
+    pub fn serve(&self, tell: &mut dyn FnMut(Told)) -> (SourceEvent, String) {
+        match self.try_serve(tell) {
+            Ok(answer) => answer,
+            Err(error) => (
+                SourceEvent::TargetUnreachable,
+                crate::chain::one_line(&error),
+            ),
+        }
+    }
+
+    fn try_serve(&self, tell: &mut dyn FnMut(Told)) -> Result<(SourceEvent, String), ServingError> {
+        let gone = self.owing.spaces.iter().find(|space| !is_there(space));
+        if let Some(space) = gone {
+            return Err(ServingError::ProcessGone {
+                pid: space.process.pid,
+            });
+        }
+        let (heard, signals) = mpsc::channel::<Result<Message, TransportError>>();
+        let mut link = Link::connect(
+            self.target,
+            connector(self.state_dir, None)?,
+            heard,
+            |said| said,
+        )?;
+        link.say(Resume {
+            migration: self.migration,
+        })?;
+        match signals.recv_timeout(ANSWER_PATIENCE) {
+            Ok(Ok(Message::Resumed(_))) => {}
+            Ok(Ok(Message::Outcome(outcome))) => {
+                link.close(PeerError::Done);
+                return Ok(match outcome.fate {
+                    Fate::Committed => {
+                        tell(Told::Whole(Whole::default()));
+                        (SourceEvent::TargetSaysCommitted, "it is whole".into())
+                    }
+                    Fate::Lost => return Err(ServingError::Answer(LOST.into())),
+                    fate => return Err(ServingError::Answer(format!("{fate:?}"))),
+                });
+            }
+            Ok(Ok(other)) => return Err(ServingError::Answer(other.name().into())),
+            Ok(Err(error)) => return Err(LinkError::from(error).into()),
+            Err(_) => return Err(ServingError::Answer("nothing".into())),
+        }
+        let spaces: Vec<_> = self
+            .owing
+            .spaces
+            .iter()
+            .map(|owing| (owing.space, owing.process.pid))
+            .collect();
+        let server = PageServer::resume(&spaces, Compression::Auto)?;
+        let progress = server.progress();
+        let serving = server.attach(link.connection())?;
+        tell(Told::Connected);
+        let mut told = Instant::now();
+        loop {
+            match signals.recv_timeout(Duration::from_millis(50)) {
+                Ok(Ok(Message::Whole(whole))) => {
+                    tell(Told::Whole(whole));
+                    drop(serving);
+                    link.close(PeerError::Done);
+                    return Ok((SourceEvent::TargetSaysCommitted, "it is whole".into()));
+                }
+                Ok(Ok(_)) | Err(RecvTimeoutError::Timeout) => {}
+                Ok(Err(error)) => return Err(LinkError::from(error).into()),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(LinkError::from(TransportError::ClosedHere).into());
+                }
+            }
+            if told.elapsed() > PROGRESS_PERIOD {
+                told = Instant::now();
+                tell(Told::Progress(progress.now()));
+            }
+            if serving.is_over() {
+                let (_, served) = serving.wait();
+                // All was sent and has arrived: the target says so on the other stream.
+                served?;
+                return self.await_whole(link, &signals, tell);
+            }
+        }
+    }
+
+    fn await_whole(
+        &self,
+        link: Link,
+        signals: &mpsc::Receiver<Result<Message, TransportError>>,
+        tell: &mut dyn FnMut(Told),
+    ) -> Result<(SourceEvent, String), ServingError> {
+        let deadline = Instant::now() + ANSWER_PATIENCE;
+        while let Some(left) = deadline.checked_duration_since(Instant::now()) {
+            match signals.recv_timeout(left) {
+                Ok(Ok(Message::Whole(whole))) => {
+                    tell(Told::Whole(whole));
+                    link.close(PeerError::Done);
+                    return Ok((SourceEvent::TargetSaysCommitted, "it is whole".into()));
+                }
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => return Err(LinkError::from(error).into()),
+                Err(_) => break,
+            }
+        }
+        Err(ServingError::Answer("nothing".into()))
+    }
+}
+
+const LOST: &str = "that the copy ended while pages were missing; what is frozen here is the container as it was at the switch \
+     (thaw it to go back to that, or delete it)";
+
+fn is_there(space: &OwingSpace) -> bool {
+    let task = Task {
+        pid: space.process.pid,
+        vpid: space.process.pid,
+        start_time: space.process.start_time,
+        zombie: false,
+    };
+    task.exists()
+}

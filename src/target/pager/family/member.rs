@@ -1,0 +1,138 @@
+//! One address space of a family: its userfaultfd, what it wants, and how far it is.
+
+use super::{Tally, ZERO_PAGE};
+use crate::kernel::userfaultfd_missing::{MissingUffd, Placed, UffdError};
+use crate::memory::{PAGE_SIZE, PageNumber, PageRange};
+use crate::target::pager::pending::PendingRun;
+use crate::target::pager::wanted::Wanted;
+use std::collections::{BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
+
+/// Pages in one chunk of the background fill: 16 KiB after a fault, doubling to [`LARGE_CHUNK`](super::LARGE_CHUNK) while none comes, because
+/// a fault waits until the chunk under way is placed.
+pub(super) const SMALL_CHUNK: u64 = 4;
+
+/// How long to let CRIU restore before a range that was not registered yet is tried again.
+const REGISTRATION_RETRY: Duration = Duration::from_millis(1);
+
+/// One address space.
+#[derive(Debug)]
+pub(in crate::target::pager) struct Member {
+    pub uffd: MissingUffd,
+    pub(super) wanted: Wanted,
+    /// Filled before the rest.
+    pub(super) hot: VecDeque<PageRange>,
+    /// Where the fill goes on.
+    pub(super) cursor: PageNumber,
+    pub(super) chunk: u64,
+    /// Faults read and not answered yet.
+    pub faults: VecDeque<PageNumber>,
+    /// Faults on pages that have not come. Placing a page wakes all who wait for it, so one entry stands for any number.
+    pub(super) waiting: BTreeSet<PageNumber>,
+    /// Nothing is tried for this member before then.
+    pub retry_at: Option<Instant>,
+    /// All is filled and the standby was told to let go; faults are served until it has.
+    pub closing: bool,
+}
+
+impl Member {
+    pub(super) fn new(uffd: MissingUffd, wanted: Wanted) -> Self {
+        Member {
+            uffd,
+            wanted,
+            hot: VecDeque::new(),
+            cursor: PageNumber(0),
+            chunk: SMALL_CHUNK,
+            faults: VecDeque::new(),
+            waiting: BTreeSet::new(),
+            retry_at: None,
+            closing: false,
+        }
+    }
+
+    /// The faults that wait for owed pages are looked at again.
+    pub(super) fn try_again(&mut self) {
+        self.faults
+            .append(&mut std::mem::take(&mut self.waiting).into_iter().collect());
+    }
+
+    /// Whether some of what it wants has not come yet.
+    pub fn is_owed(&self) -> bool {
+        self.wanted.owed.pages() != 0
+    }
+
+    /// What to fill next: hot ranges in their order, then on from the cursor, round to the start.
+    pub(super) fn next_run(&mut self) -> Option<PendingRun> {
+        while let Some(&hot) = self.hot.front() {
+            let run = self.wanted.ready.next_from(hot.start());
+            if let Some(run) = run
+                && let Some(now) = run.now.intersection(hot)
+            {
+                return Some(PendingRun { now, ..run });
+            }
+            self.hot.pop_front();
+        }
+        self.wanted
+            .ready
+            .next_from(self.cursor)
+            .or_else(|| self.wanted.ready.next_from(PageNumber(0)))
+    }
+
+    /// The run up to `end` is not registered yet: others first, and when all were tried, a pause.
+    pub(super) fn put_off(&mut self, end: PageNumber) {
+        if !self.hot.is_empty() {
+            self.hot.rotate_left(1);
+            self.retry_at = Some(Instant::now() + REGISTRATION_RETRY);
+            return;
+        }
+        self.cursor = end;
+        if self.wanted.ready.next_from(end).is_none() {
+            self.retry_at = Some(Instant::now() + REGISTRATION_RETRY);
+        }
+    }
+
+    /// Places `data` at `to` on, leaving pages of zeros out: they read as zero once nothing is pending there. Says for how
+    /// many pages that is done, and what stopped it if not for all.
+    pub(super) fn place(
+        &self,
+        to: PageNumber,
+        data: &[u8],
+        restored: bool,
+        tally: &mut Tally,
+    ) -> Result<(u64, Option<Placed>), UffdError> {
+        const PAGE: usize = PAGE_SIZE as usize;
+        let total = data.len() as u64 / PAGE_SIZE;
+        let (mut done, mut window) = (0, total);
+        while done < total {
+            let rest = &data[(done * PAGE_SIZE) as usize..];
+            if rest[..PAGE] == ZERO_PAGE {
+                done += 1;
+                continue;
+            }
+            let run = rest
+                .chunks_exact(PAGE)
+                .take(window as usize)
+                .take_while(|page| **page != ZERO_PAGE)
+                .count();
+            match self
+                .uffd
+                .copy(PageNumber(to.0 + done), &rest[..run * PAGE])?
+            {
+                Placed::Pages(pages) => {
+                    done += pages;
+                    tally.pages += pages;
+                    window = (window * 2).min(total);
+                }
+                Placed::Exists => done += 1,
+                // The run may reach over the end of a mapping: halve it until it does not.
+                Placed::NotRegistered if run > 1 => window = run as u64 / 2,
+                Placed::NotRegistered if restored => {
+                    done += 1;
+                    tally.unregistered += 1;
+                }
+                stop => return Ok((done, Some(stop))),
+            }
+        }
+        Ok((done, None))
+    }
+}

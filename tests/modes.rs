@@ -1,0 +1,277 @@
+//! Post-copy and hybrid moves, and what can go wrong while pages are owed. Whether a move was right is the workload's own
+//! word.
+//!
+//! Needs root, runc and CRIU (`scripts/setup`); fails without them.
+
+mod pair;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use pair::{LIMIT, Pair};
+use rig::{Container, ContainerOptions, Host, Running, Workload, start_agent};
+use serde_json::Value;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// The bundle a container was started from, which is its owner's and stays where it is.
+const OWN_BUNDLE: &str = "file /srv/web*";
+
+/// Megabits a second at which 64 MiB take some five seconds: long enough to do something in the middle.
+const SLOW: u32 = 100;
+
+/// Exit code of `migrate` for a container that lives at the target and lacks pages.
+const INCOMPLETE: i32 = 6;
+
+/// Moves one container from host a to host b and checks all that always holds.
+fn move_once(workload: &Workload, options: &[&str], megabits: Option<u32>) -> Result<Value> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let pair = Pair::new(&a, &b)?;
+    if let Some(megabits) = megabits {
+        pair.link.limit_rate(megabits)?;
+    }
+    let before = a.snapshot()?;
+    let container = Container::create(&a, "web", workload, &ContainerOptions::default())?;
+    let report = pair.move_with(&a, options, "web")?;
+    ensure!(report["outcome"]["result"] == "moved", "{report:#}");
+    ensure!(report["dump"] == "skeleton", "{report:#}");
+    pair.ensure_lives_only_on(&b, &container)?;
+    pair.ensure_nothing_left(&a, &before, &[OWN_BUNDLE])?;
+    Ok(report)
+}
+
+fn owed_pages(report: &Value) -> u64 {
+    report["post_copy"]["owed_pages"].as_u64().unwrap_or(0)
+}
+
+#[test]
+fn post_copy_moves_first_and_brings_every_byte_afterwards() -> Result<()> {
+    let workload = Workload::memory_writer(64, 20);
+    let report = move_once(&workload, &["--mode", "post-copy"], Some(SLOW))?;
+    println!("{report:#}");
+    ensure!(report["switch"] == "post-copy", "{report:#}");
+    ensure!(report["rounds"].as_array().is_some_and(Vec::is_empty));
+    ensure!(owed_pages(&report) >= 16_384, "{report:#}");
+    ensure!(report["post_copy"]["last_page_ms"].is_f64(), "{report:#}");
+    ensure!(
+        report["post_copy"]["faults"].as_u64() > Some(0),
+        "a container that writes at random must have waited for something: {report:#}"
+    );
+    Ok(())
+}
+
+#[test]
+fn forty_processes_move_in_post_copy() -> Result<()> {
+    let report = move_once(&Workload::zoo(false), &["--mode", "post-copy"], Some(SLOW))?;
+    ensure!(owed_pages(&report) > 0, "{report:#}");
+    Ok(())
+}
+
+#[test]
+fn processes_that_fork_execute_and_end_while_pages_are_owed_move() -> Result<()> {
+    let report = move_once(&Workload::zoo(true), &["--mode", "post-copy"], Some(SLOW))?;
+    ensure!(owed_pages(&report) > 0, "{report:#}");
+    Ok(())
+}
+
+#[test]
+fn redis_under_load_moves_in_post_copy() -> Result<()> {
+    let report = move_once(&Workload::redis(64), &["--mode", "post-copy"], Some(SLOW))?;
+    ensure!(owed_pages(&report) > 0, "{report:#}");
+    Ok(())
+}
+
+#[test]
+fn hybrid_owes_only_what_the_rounds_left() -> Result<()> {
+    // Far more is dirtied than the link carries.
+    let workload = Workload::memory_writer(64, 100).arg("--working-set-mib=32");
+    let report = move_once(&workload, &["--mode", "hybrid"], Some(SLOW))?;
+    ensure!(report["switch"] == "post-copy", "{report:#}");
+    let owed = owed_pages(&report);
+    ensure!(owed > 0 && owed < 12_000, "{report:#}");
+    Ok(())
+}
+
+#[test]
+fn an_idle_container_owes_nothing_when_the_engine_decides() -> Result<()> {
+    let report = move_once(&Workload::memory_writer(64, 0), &[], None)?;
+    ensure!(report["switch"] == "pre-copy", "{report:#}");
+    ensure!(report["post_copy"].is_null(), "{report:#}");
+    Ok(())
+}
+
+/// A post-copy move under way over a slow link: the container runs at host b and pages are owed.
+struct Serving<'p> {
+    container: Container,
+    moving: Running,
+    _pair: &'p Pair<'p>,
+}
+
+impl<'p> Serving<'p> {
+    /// `pages_left`: how far it is.
+    fn reach(pair: &'p Pair<'p>, pages_left: u64, options: &[&str]) -> Result<Serving<'p>> {
+        pair.link.limit_rate(SLOW)?;
+        let workload = Workload::memory_writer(64, 20);
+        let container = Container::create(pair.a, "web", &workload, &ContainerOptions::default())?;
+        let to = format!("{}:7070", pair.link.second());
+        let arguments = [
+            &["--to", &to, "--mode", "post-copy", "--json"],
+            options,
+            &["web"],
+        ];
+        let mut moving = pair.a.spawn("migrate", arguments.concat())?;
+        moving.wait_for("\"event\":\"committed\"", LIMIT)?;
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let said = moving.stdout()?;
+            let left = said
+                .lines()
+                .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+                .filter(|event| event["event"] == "serving")
+                .filter_map(|event| event["pages_left"].as_u64())
+                .next_back();
+            if left.is_some_and(|left| left <= pages_left) {
+                break;
+            }
+            ensure!(Instant::now() < deadline, "it does not go on: {said}");
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(Serving {
+            container,
+            moving,
+            _pair: pair,
+        })
+    }
+
+    /// The move ends well and the container is whole at host b.
+    fn ends_well(mut self, pair: &Pair<'_>) -> Result<String> {
+        let status = self.moving.wait(LIMIT)?;
+        let said = self.moving.output()?;
+        ensure!(status.success(), "{status}\n{said}\n{}", pair.agents_said());
+        pair.ensure_lives_only_on(pair.b, &self.container)?;
+        Ok(said)
+    }
+}
+
+fn a_link_that_is_down_for_five_seconds(pages_left: u64) -> Result<()> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let pair = Pair::new(&a, &b)?;
+    let before = a.snapshot()?;
+    let serving = Serving::reach(&pair, pages_left, &[])?;
+    pair.link.down()?;
+    thread::sleep(Duration::from_secs(5));
+    pair.link.up()?;
+    serving.ends_well(&pair)?;
+    pair.ensure_nothing_left(&a, &before, &[OWN_BUNDLE])
+}
+
+#[test]
+fn a_link_that_is_down_for_five_seconds_right_after_the_switch_is_waited_for() -> Result<()> {
+    a_link_that_is_down_for_five_seconds(u64::MAX)
+}
+
+#[test]
+fn a_link_that_is_down_for_five_seconds_in_the_middle_is_waited_for() -> Result<()> {
+    a_link_that_is_down_for_five_seconds(8_000)
+}
+
+#[test]
+fn a_link_that_is_down_for_five_seconds_near_the_end_is_waited_for() -> Result<()> {
+    a_link_that_is_down_for_five_seconds(1_500)
+}
+
+fn a_link_that_is_down_for_good(pages_left: u64) -> Result<()> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let pair = Pair::new(&a, &b)?;
+    let before = a.snapshot()?;
+    let mut serving = Serving::reach(&pair, pages_left, &["--reconnect-timeout", "3"])?;
+    pair.link.down()?;
+    let status = serving.moving.wait(LIMIT)?;
+    let said = serving.moving.output()?;
+    ensure!(status.code() == Some(INCOMPLETE), "{status}\n{said}");
+    ensure!(said.contains("migrate resume"), "{said}");
+
+    // Both copies stand still: the one here is kept for its pages, the one there lacks some.
+    let state = |host: &Host| -> Result<Option<String>> {
+        let state = serving.container.state(host)?;
+        Ok(state.and_then(|state| state["status"].as_str().map(str::to_string)))
+    };
+    let deadline = Instant::now() + LIMIT;
+    while state(&b)?.as_deref() != Some("paused") {
+        ensure!(Instant::now() < deadline, "it is {:?}", state(&b)?);
+        thread::sleep(Duration::from_millis(100));
+    }
+    ensure!(state(&a)?.as_deref() == Some("paused"), "{:?}", state(&a)?);
+    let record = b.run(
+        "sh",
+        ["-c", "cat /var/lib/migrate/work/*/pager-stalled.json"],
+    )?;
+    ensure!(record.contains("missing_pages"), "{record}");
+    let asked = a.run("sh", ["-c", "migrate resume 2>&1; echo exit $?"])?;
+    ensure!(asked.contains("exit 6"), "{asked}");
+
+    pair.link.up()?;
+    let resumed = a.run("migrate", ["resume"])?;
+    println!("{resumed}");
+    pair.ensure_lives_only_on(&b, &serving.container)?;
+    pair.ensure_nothing_left(&a, &before, &[OWN_BUNDLE])?;
+    let nothing = a.run("migrate", ["resume"])?;
+    ensure!(nothing.contains("no container"), "{nothing}");
+    Ok(())
+}
+
+#[test]
+fn a_link_that_stays_down_stops_the_copy_until_it_is_resumed() -> Result<()> {
+    a_link_that_is_down_for_good(8_000)
+}
+
+#[test]
+fn a_link_that_is_lost_right_after_the_switch_stops_the_copy_until_it_is_resumed() -> Result<()> {
+    a_link_that_is_down_for_good(u64::MAX)
+}
+
+#[test]
+fn a_source_that_is_killed_while_it_serves_is_replaced_by_its_guard() -> Result<()> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let pair = Pair::new(&a, &b)?;
+    let before = a.snapshot()?;
+    let serving = Serving::reach(&pair, 8_000, &[])?;
+    serving.moving.signal(Signal::SIGKILL)?;
+    let deadline = Instant::now() + LIMIT;
+    while serving.container.state(&a)?.is_some() {
+        ensure!(
+            Instant::now() < deadline,
+            "the frozen copy is still there\n{}",
+            pair.agents_said()
+        );
+        thread::sleep(Duration::from_millis(100));
+    }
+    pair.ensure_lives_only_on(&b, &serving.container)?;
+    pair.ensure_nothing_left(&a, &before, &[OWN_BUNDLE])
+}
+
+#[test]
+fn an_agent_that_is_killed_while_pages_are_owed_is_replaced_by_the_next_one() -> Result<()> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let pair = Pair::new(&a, &b)?;
+    let before = a.snapshot()?;
+    let serving = Serving::reach(&pair, 8_000, &[])?;
+    pair.agent_of(&b).signal(Signal::SIGKILL)?;
+    thread::sleep(Duration::from_secs(1));
+    let (_agent, _) = start_agent(&b, pair.link.second(), &[])?;
+    serving.ends_well(&pair)?;
+    pair.ensure_nothing_left(&a, &before, &[OWN_BUNDLE])
+}
+
+#[test]
+fn a_pager_that_is_killed_while_pages_are_owed_is_replaced_by_its_standby() -> Result<()> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let pair = Pair::new(&a, &b)?;
+    let serving = Serving::reach(&pair, 8_000, &[])?;
+    // The standby has another command line; the pattern keeps the shell that asks out.
+    let pids = b.run("sh", ["-c", "pgrep -f '[m]igrate pager$'"])?;
+    let pid = pids.trim();
+    b.run("kill", ["-9", pid])
+        .with_context(|| format!("the pager is not one process: {pids:?}"))?;
+    serving.ends_well(&pair)?;
+    Ok(())
+}
