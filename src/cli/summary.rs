@@ -50,6 +50,11 @@ pub fn summary(report: &Report) -> Vec<String> {
     if let Some(predicted) = &report.predicted {
         lines.push(format!("  expected  {}", expected(predicted)));
     }
+    if let Some(percent) = report.slowed_percent {
+        lines.push(format!(
+            "  slowed    to {percent}% of its CPU time during the rounds"
+        ));
+    }
     if report.dump == Some(DumpKind::Full) {
         lines.push("            CRIU dumped every page: the skeleton dump does not work on this host (migrate check)".to_owned());
     }

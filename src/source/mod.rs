@@ -23,4 +23,5 @@ pub mod rounds;
 pub mod run;
 pub mod send;
 pub mod settle;
+pub mod slowing;
 pub mod tracker;

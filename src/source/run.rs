@@ -416,6 +416,7 @@ fn conclude(
     report.downtime = timeline.downtime(began.elapsed());
     report.memory_bytes = ended.memory_bytes;
     report.dump = ended.dump;
+    report.slowed_percent = ended.slowed;
     if let Some(delta) = &ended.delta {
         report.sent = report.sent.plus(delta.sent);
     }
@@ -469,6 +470,7 @@ impl Report {
             rounds_ended: None,
             switch: None,
             predicted: None,
+            slowed_percent: None,
             delta: None,
             sent: Sent::default(),
             memory_bytes: 0,

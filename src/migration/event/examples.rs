@@ -57,6 +57,7 @@ fn the_examples_leave_no_event_out() {
         | Event::RoundStarted { .. }
         | Event::RoundProgress { .. }
         | Event::RoundFinished(_)
+        | Event::Slowed { .. }
         | Event::Freezing { .. }
         | Event::Frozen { .. }
         | Event::Delta(_)
@@ -67,7 +68,7 @@ fn the_examples_leave_no_event_out() {
         | Event::RolledBack { .. }
         | Event::Unknown { .. }
         | Event::Filled { .. }
-        | Event::Done { .. } => 19,
+        | Event::Done { .. } => 20,
     };
     assert_eq!(kinds.len(), count);
 }
@@ -96,6 +97,8 @@ fn round(number: u32, pages: u64, duration: Duration, pages_dirty: u64) -> Round
         },
         duration,
         pages_dirty,
+        pages_left: pages_dirty,
+        pages_held: 0,
         dirty_rate: 12800.0,
         throughput: Some(200000.0),
         expected_downtime: Some(ms(184.5)),
@@ -126,7 +129,7 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
     };
     let predicted = Prediction {
         downtime: ms(184.5),
-        total: ms(2996.6),
+        total: Some(ms(2996.6)),
         last_page: None,
     };
     let report = Report {
@@ -141,6 +144,7 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
         rounds_ended: Some(FreezeReason::Converged),
         switch: Some(Switch::PreCopy),
         predicted: Some(predicted),
+        slowed_percent: None,
         delta: Some(delta()),
         sent: first.sent.plus(delta().sent),
         memory_bytes: 2147483648,
@@ -221,6 +225,7 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
             },
         ),
         (2812.0, Event::RoundFinished(first)),
+        (2812.0, Event::Slowed { percent: 50 }),
         (
             2812.1,
             Event::Freezing {
