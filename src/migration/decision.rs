@@ -41,6 +41,9 @@ pub const OWED_FACTOR: f64 = 1.1;
 /// Pages a second that a target puts into processes after a pre-copy release: about 2 GiB/s.
 pub const FILL_RATE: f64 = 500_000.0;
 
+/// The share of its working set from which on a container is taken to have written all of it.
+const SATURATED: f64 = 0.95;
+
 /// What a migration knows after a round.
 #[derive(Clone, Copy, Debug)]
 pub struct Seen<'a> {
@@ -207,31 +210,33 @@ impl Seen<'_> {
     /// How the container writes: what the last round says, and of samples, which are short, the slower of the last two, so
     /// that one burst does not decide.
     ///
+    /// A round in which the whole working set was dirtied says how large that is, but not how fast it is written: then the
+    /// fastest that any round has seen counts, which a sample saw.
+    ///
     /// `None` until there were two scans to compare.
     pub fn writes(&self) -> Option<Writes> {
-        let last_is_sample = self.rounds.last().is_some_and(|last| last.sample);
-        let pairs = self
+        let mut pairs: Vec<Writes> = self
             .rounds
             .windows(2)
-            .rev()
-            .take(if last_is_sample { 2 } else { 1 });
-        let of_pair = |pair: &[RoundMeasured]| match pair {
-            [before, now] => Some(self.writes_in(before, now)),
-            _ => None,
-        };
-        let mut found: Vec<Writes> = pairs.filter_map(of_pair).collect();
-        // The first of all rounds has none before it to compare with, but the second's working set to go by.
-        if let ([first, _], [only]) = (self.rounds, found.as_slice())
-            && last_is_sample
-        {
-            let working_set = only.working_set;
-            found.push(Writes::from_capture(
-                first.pages_dirty,
-                working_set,
-                first.duration,
-            ));
+            .filter_map(|pair| match pair {
+                [before, now] => Some(self.writes_in(before, now)),
+                _ => None,
+            })
+            .collect();
+        let mut last = pairs.pop()?;
+        let round = self.rounds.last()?;
+        if round.pages_dirty as f64 >= SATURATED * last.working_set {
+            let rates = pairs.iter().map(|pair| pair.rate);
+            last.rate = rates.fold(last.rate, f64::max);
+        } else if round.sample {
+            // The first of all rounds has none before it to compare with, but the second's working set to go by.
+            let first = self.rounds.first().map(|first| {
+                Writes::from_capture(first.pages_dirty, last.working_set, first.duration)
+            });
+            let before = pairs.pop().or(first);
+            last.rate = before.map_or(last.rate, |before| before.rate.min(last.rate));
         }
-        found.into_iter().min_by(|a, b| a.rate.total_cmp(&b.rate))
+        Some(last)
     }
 
     fn writes_in(&self, before: &RoundMeasured, now: &RoundMeasured) -> Writes {

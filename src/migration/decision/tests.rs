@@ -221,8 +221,9 @@ fn a_hot_set_that_fits_the_limit_is_sent_once_in_the_freeze() {
     for mode in [Mode::PreCopy, Mode::Auto] {
         let cost = migrate(mode, pattern, &LIMITS);
         assert!(cost.downtime <= LIMITS.downtime, "{cost:?}");
-        // Once all of it, and of the hot set what the first two samples had sent before it was known.
-        assert!(cost.sent <= (MEMORY + MEMORY / 16 + 100) as u64, "{cost:?}");
+        // Once all of it, and again what samples sent of the hot set before it was known for hot. Sent in every round until
+        // two were in vain, the hot set alone would be 36 % more.
+        assert!(cost.sent <= (MEMORY * 6 / 5) as u64, "{cost:?}");
     }
 }
 
