@@ -416,6 +416,7 @@ fn conclude(
     report.downtime = timeline.downtime(began.elapsed());
     report.memory_bytes = ended.memory_bytes;
     report.dump = ended.dump;
+    report.slowed_percent = ended.slowed;
     if let Some(delta) = &ended.delta {
         report.sent = report.sent.plus(delta.sent);
     }
@@ -483,6 +484,7 @@ impl Report {
             rounds_ended: None,
             switch: None,
             predicted: None,
+            slowed_percent: None,
             delta: None,
             sent: Sent::default(),
             memory_bytes: 0,
@@ -542,4 +544,51 @@ fn new_migration() -> Result<MigrationId, RunError> {
 
 fn system(doing: &'static str) -> impl Fn(io::Error) -> RunError {
     move |source| RunError::System { doing, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOSTS: PostCopyNeeds = PostCopyNeeds {
+        skeleton: true,
+        lazy: true,
+    };
+
+    fn no_tracker() -> Option<TrackError> {
+        Some(TrackError::NoTracker {
+            uffd_wp: "no WP_ASYNC".into(),
+            soft_dirty: "no CONFIG_MEM_SOFT_DIRTY".into(),
+        })
+    }
+
+    #[test]
+    fn without_a_tracker_auto_is_post_copy_and_says_why() {
+        let (mode, why) = choose_mode(Mode::Auto, HOSTS, no_tracker()).expect("post-copy can");
+        assert_eq!(mode, Mode::PostCopy);
+        assert!(why.is_some_and(|why| why.contains("WP_ASYNC")));
+    }
+
+    #[test]
+    fn without_a_tracker_and_without_lazy_pages_there_is_no_way() {
+        let hosts = PostCopyNeeds {
+            lazy: false,
+            ..HOSTS
+        };
+        let chosen = choose_mode(Mode::Auto, hosts, no_tracker());
+        assert!(matches!(chosen, Err(NoMode::Untracked(_))), "{chosen:?}");
+    }
+
+    #[test]
+    fn auto_without_lazy_pages_is_pre_copy_and_says_why() {
+        let hosts = PostCopyNeeds {
+            lazy: false,
+            ..HOSTS
+        };
+        let (mode, why) = choose_mode(Mode::Auto, hosts, None).expect("pre-copy always can");
+        assert_eq!(mode, Mode::PreCopy);
+        assert_eq!(why.as_deref(), hosts.lacks());
+        let refused = choose_mode(Mode::Hybrid, hosts, None);
+        assert!(matches!(refused, Err(NoMode::Refused(_))), "{refused:?}");
+    }
 }

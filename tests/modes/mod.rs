@@ -1,13 +1,10 @@
 //! Post-copy and hybrid moves, and what can go wrong while pages are owed. Whether a move was right is the workload's own
 //! word.
-//!
-//! Needs root, runc and CRIU (`scripts/setup`); fails without them.
 
-mod pair;
-
+use crate::pair::{LIMIT, Pair};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use pair::{LIMIT, Pair};
+
 use rig::{Container, ContainerOptions, Host, Running, Workload, start_agent};
 use serde_json::Value;
 use std::thread;
