@@ -183,14 +183,9 @@ impl Arrival<'_> {
         let fill_failed =
             |error: &dyn std::fmt::Display| (PeerError::FillFailed, error.to_string());
         if let Some(pager) = &mut self.pager {
-            let cgroups = self
-                .restore
-                .as_ref()
-                .map(|restore| cgroups_of(restore.pid()))
-                .unwrap_or_default();
             pager.set_supply_patience(Duration::from_secs(manifest.reconnect_s.into()));
             pager
-                .serve(tasks, &cgroups, PAGER_PATIENCE)
+                .serve(tasks, &self.cgroups, PAGER_PATIENCE)
                 .map_err(|error| fill_failed(&error))?;
         }
         if !debts.is_empty() {
@@ -303,30 +298,4 @@ fn annotated_config(config: &str) -> Option<PathBuf> {
         .get("org.criu.config")?
         .as_str()?;
     (!path.is_empty()).then(|| PathBuf::from(path))
-}
-
-/// The cgroup directories of CRIU, which the runtime has put where the container will be.
-fn cgroups_of(runtime: u32) -> Vec<PathBuf> {
-    let children =
-        fs::read_to_string(format!("/proc/{runtime}/task/{runtime}/children")).unwrap_or_default();
-    let criu = children.split_whitespace().next();
-    let listed = criu
-        .and_then(|pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).ok())
-        .unwrap_or_default();
-    listed
-        .lines()
-        .filter_map(|line| {
-            let mut fields = line.splitn(3, ':');
-            let (_, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
-            let hierarchy = match controllers {
-                "" => "unified",
-                named => named.split(',').next()?.trim_start_matches("name="),
-            };
-            let directory = Path::new("/sys/fs/cgroup")
-                .join(hierarchy)
-                .join(path.trim_start_matches('/'));
-            // A container's cgroup, never the root of a hierarchy.
-            (path != "/" && directory.join("cgroup.procs").is_file()).then_some(directory)
-        })
-        .collect()
 }
