@@ -48,6 +48,10 @@
 //! that kills the agent's whole cgroup: its unit needs `KillMode=process`), and the pager dying after a standby
 //! was lost. The agent, if alive, sees the end of its socket and must kill the container then.
 //!
+//! A thread whose *system call* waits for an owed page and that gets a signal, as it does when its cgroup is frozen, faults in a
+//! circle until the page is there: the kernel (6.18 does; `FAULT_FLAG_INTERRUPTIBLE` is from 5.7) can neither interrupt such a
+//! call nor let it sleep again. It computes in vain, its cgroup may stay `FREEZING`, and no byte is wrong.
+//!
 //! A mapping with `MADV_WIPEONFORK` that is forked while its pages are missing shows the child those pages instead of zeros:
 //! the event does not say which mappings are wiped.
 

@@ -69,6 +69,8 @@ pub(super) struct Provision {
     number: u64,
     supplied: bool,
     stranded: Option<Stranded>,
+    /// The container is frozen for want of pages.
+    stalled: bool,
 }
 
 #[derive(Debug)]
@@ -93,7 +95,7 @@ pub(super) struct Adoption {
 struct Stranded {
     /// `None` if the socket could not be made.
     listener: Option<UnixListener>,
-    /// `None`: the container is frozen already.
+    /// `None`: that is done.
     freeze_at: Option<Instant>,
 }
 
@@ -151,10 +153,10 @@ impl Provision {
             tracing::error!("no adoption of this pager: {SUPPLY_SOCKET} in {directory}: {error}");
         });
         // A pager that had frozen the container before its standby took over left the record.
-        let stalled = self.record().exists();
+        self.stalled |= self.record().exists();
         self.stranded = Some(Stranded {
             listener: listener.ok(),
-            freeze_at: (!stalled).then(|| Instant::now() + self.terms.patience),
+            freeze_at: (!self.stalled).then(|| Instant::now() + self.terms.patience),
         });
         Ok(())
     }
@@ -183,6 +185,7 @@ impl Provision {
         if missing_pages == 0 {
             return Ok(false);
         }
+        self.stalled = true;
         // The record first: it is what a successor knows the freezing by.
         self.write_record(missing_pages, false)?;
         let frozen = freeze(&self.terms.cgroups);
@@ -232,7 +235,8 @@ impl Provision {
     fn clear(&mut self) {
         let _ = fs::remove_file(self.directory.join(SUPPLY_SOCKET));
         self.stranded = None;
-        if self.record().exists() {
+        if self.stalled || self.record().exists() {
+            self.stalled = false;
             for freezer in freezers(&self.terms.cgroups) {
                 if let Err(error) = freezer.thaw() {
                     tracing::error!("{error}");
