@@ -16,7 +16,9 @@ use super::send::{FrameSink, PagesToSend, Progress, SendError};
 use super::tracker::{Motion, SpaceScan, TrackError, TrackerKind};
 use crate::fault;
 use crate::memory::{PAGE_SIZE, PageSet, SpaceId};
-use crate::migration::convergence::{FreezeReason, Limits, RoundMeasured, fixed_downtime, whole};
+use crate::migration::convergence::{
+    FreezeReason, IDLE_PAGES, Limits, RoundMeasured, fixed_downtime, whole,
+};
 use crate::migration::decision::{Course, Seen, decide, expect_post_copy};
 use crate::migration::event::Event;
 use crate::migration::handoff::SourceEvent;
@@ -167,16 +169,19 @@ impl<S: FrameSink> Handover<'_, S> {
                 self.wait_until_ready()?;
                 ledger.found(self.scan()?);
                 looked = Instant::now();
-                // What is owed need not be few.
-                if switch == Switch::PreCopy {
+                // What is owed need not be few. And where no more is left than before, one more round would help no more than
+                // it would have then.
+                if switch == Switch::PreCopy && ledger.lacking() > found.lacking + IDLE_PAGES {
                     continue;
                 }
-                predicted = expect_post_copy(
-                    self.began.elapsed(),
-                    fixed_downtime,
-                    ledger.lacking(),
-                    verdict.assessment.throughput,
-                );
+                if switch == Switch::PostCopy {
+                    predicted = expect_post_copy(
+                        self.began.elapsed(),
+                        fixed_downtime,
+                        ledger.lacking(),
+                        verdict.assessment.throughput,
+                    );
+                }
             }
             self.unsent = ledger.into_lacking();
             return Ok(RoundsDone {

@@ -16,7 +16,7 @@ use super::rootfs_copy::{RootfsCopy, RootfsCopyError};
 use super::rounds::{RoundsDone, RoundsError, name_of};
 use super::send::{FrameSink, Sender};
 use super::settle::connector;
-use super::tracker::{TrackError, Tracker, Trackers};
+use super::tracker::{Bystander, TrackError, Tracker, Trackers};
 use crate::chain::one_line;
 use crate::criu::binary::{Criu, NoCriu};
 use crate::criu::kernel_cache::{KernelCache, KernelCacheError};
@@ -179,7 +179,10 @@ pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<
         .mode(0o700)
         .create(&work_dir)
         .map_err(system("making the working directory"))?;
-    report.tracker = tracker.as_ref().map(|tracker| name_of(tracker.kind()));
+    report.tracker = tracker
+        .as_ref()
+        .filter(|_| report.mode != Mode::PostCopy)
+        .map(|tracker| name_of(tracker.kind()));
     let guard = Guard::start(&plan.program, &plan.state_dir, migration);
 
     let sinks = link.page_queues(plan.page_streams);
@@ -188,7 +191,7 @@ pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<
     let prestart = Prestart {
         config: container.spec.to_string(),
         stdio: survey.stdio,
-        pages_apart: tracker.is_some() || report.mode == Mode::PostCopy,
+        pages_apart: tracker.is_some(),
     };
     let network_lock = if survey.speaks_tcp {
         NetworkLock::Nftables
@@ -235,10 +238,10 @@ pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<
         (Err(error), _) => Err(RoundsError::Prepare(error.to_string())),
         (_, Some(error)) => Err(RoundsError::Prepare(error)),
         (Ok(guard), None) => {
-            let done = if handover.tracker.is_some() {
-                handover.rounds(&mut prepare)
-            } else {
+            let done = if report.mode == Mode::PostCopy || handover.tracker.is_none() {
                 handover.no_rounds(&mut prepare)
+            } else {
+                handover.rounds(&mut prepare)
             };
             done.map(|done| (guard, done))
         }
@@ -270,14 +273,19 @@ pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<
     Ok(report)
 }
 
-/// The tracker for the rounds, if there will be any. Where none works `auto` may yet do without: then the reason is returned.
+/// The tracker for the rounds, or for post-copy, which has none, a bystander. Where none works `auto` may yet do without: then the reason is returned.
 fn open_tracker(plan: &Plan, skeleton: bool) -> Result<OpenedTracker, TrackError> {
-    if !skeleton || plan.mode == Mode::PostCopy {
+    if !skeleton {
         return Ok((None, None));
+    }
+    if plan.mode == Mode::PostCopy {
+        return Ok((Some(Box::new(Bystander)), None));
     }
     match Trackers::find().open(plan.tracker) {
         Ok(tracker) => Ok((Some(tracker), None)),
-        Err(error) if plan.mode == Mode::Auto && plan.tracker.is_none() => Ok((None, Some(error))),
+        Err(error) if plan.mode == Mode::Auto && plan.tracker.is_none() => {
+            Ok((Some(Box::new(Bystander)), Some(error)))
+        }
         Err(error) => Err(error),
     }
 }
