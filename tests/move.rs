@@ -60,6 +60,19 @@ fn redis_keeps_its_records_and_its_connection() -> Result<()> {
     move_once(&Workload::redis(64)).map(drop)
 }
 
+/// Seven processes see 64 MiB each. Each worker's own are one page in 64 of that, and 4 MiB.
+#[test]
+fn what_the_processes_of_a_prefork_server_share_crosses_once() -> Result<()> {
+    let workers = ["--table-mib=64", "--workers=6"];
+    let report = move_once(&Workload::new("prefork", workers))?;
+    let sent = |what: &str| report["sent"][what].as_u64().context("not in the report");
+    let (raw_mib, all_mib) = (sent("bytes_raw")? >> 20, sent("pages")? >> 8);
+    ensure!(all_mib >= 7 * 64, "{all_mib} MiB were looked at");
+    let own = 64 + 6 * (64 / 64 + 4);
+    ensure!(raw_mib < own + 16, "{raw_mib} MiB were sent of {own}");
+    Ok(())
+}
+
 #[test]
 fn files_that_change_during_the_rounds_arrive_as_they_are_at_the_freeze() -> Result<()> {
     move_once(&Workload::file_mutator()).map(drop)

@@ -115,14 +115,14 @@ pub fn lazy_pages_daemon<'h>(
     Ok(end)
 }
 
-/// Starts the container from `images`; the daemon, started with the same `work`, gives it its pages.
+/// Starts the container from `images`; the daemon, started with the same `work`, gives it its pages. CRIU's configuration
+/// is the daemon's.
 pub fn restore_lazily(
     daemon: &LazyEnd,
     container: &Container,
     (images, work): (&str, &str),
 ) -> Result<()> {
     let host = daemon.host;
-    let _configured = Configured::new(host)?;
     let bundle = format!("/srv/{}", container.id());
     let arguments = [
         "restore",
