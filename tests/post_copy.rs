@@ -166,6 +166,7 @@ impl Scene {
 
     /// Both ends went well; nothing is owed, and nothing is left of what the pager took.
     fn ensure_over(&self, serving: Serving, copying: PostCopying, pager: &mut Pager) {
+        pager.take_until("the last page", |pager| pager.has_all());
         assert!(
             copying.wait_all_here(PATIENCE),
             "{} pages are missing",
@@ -173,7 +174,6 @@ impl Scene {
         );
         copying.wait().1.expect("taken in");
         serving.wait().1.expect("served");
-        pager.take_until("the last page", |pager| pager.has_all());
         for holder in &self.holders {
             assert!(self.store.owed(holder.space()).is_empty());
         }
@@ -528,7 +528,7 @@ fn a_pager_that_leaves_ends_the_target_s_side() {
 fn lie(scene: &Scene, server: PageServer, said: &[PageRequest]) -> (PageServer, ServeError) {
     let wire = scene.connect();
     let to = wire.to.clone();
-    let said = said.to_vec();
+    let lies = said.to_vec();
     let lying = scene.target.run(async move {
         let mut streams: Vec<(RequestSender, PageReceiver)> = Vec::new();
         for _ in 0..4 {
@@ -538,7 +538,7 @@ fn lie(scene: &Scene, server: PageServer, said: &[PageRequest]) -> (PageServer, 
         first
             .expect("the first stream")
             .0
-            .send(&said)
+            .send(&lies)
             .await
             .expect("said");
         to.closed().await

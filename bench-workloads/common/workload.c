@@ -91,15 +91,43 @@ static void *clock_loop(void *unused)
 
 void log_gaps_above(double milliseconds) { gap_worth_a_line_ms = milliseconds; }
 
-void start_clock(void)
+/* Starts a thread that takes no signal: they are for the threads that work. */
+static void start_aside(void *(*loop)(void *))
 {
 	pthread_t thread;
 	sigset_t all, before;
 	sigfillset(&all);
 	pthread_sigmask(SIG_BLOCK, &all, &before);
-	if (pthread_create(&thread, NULL, clock_loop, NULL) != 0)
-		fail("cannot start the clock");
+	if (pthread_create(&thread, NULL, loop, NULL) != 0)
+		fail("cannot start a thread");
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+void start_clock(void) { start_aside(clock_loop); }
+
+static uint64_t report_ms;
+static void (*tell_progress)(double elapsed);
+
+static void *report_loop(void *unused)
+{
+	(void)unused;
+	/* Not the monotonic clock: CRIU gives a restored container a time namespace, in which that one does not go on while the
+	 * container is away. */
+	double then = seconds(CLOCK_REALTIME);
+	for (;;) {
+		pause_ms((long)report_ms);
+		double now = seconds(CLOCK_REALTIME);
+		tell_progress(now - then);
+		then = now;
+	}
+	return NULL;
+}
+
+void start_reports(uint64_t milliseconds, void (*tell)(double elapsed))
+{
+	report_ms = milliseconds;
+	tell_progress = tell;
+	start_aside(report_loop);
 }
 
 volatile sig_atomic_t verdicts_asked;

@@ -39,9 +39,14 @@ void log_gaps_above(double milliseconds);
 /* Starts the clock's thread, with all signals blocked in it: they are for the threads that work. */
 void start_clock(void);
 
-/* The longest the clock has stood still since it was started, by CLOCK_MONOTONIC and by CLOCK_REALTIME. */
+/* The longest the clock has stood still since it was started, by CLOCK_MONOTONIC and by CLOCK_REALTIME. The first misses the
+ * time between CRIU's dump and its restore: a restored container's monotonic clock goes on where it was dumped. */
 double longest_gap_ms(void);
 double longest_realtime_gap_ms(void);
+
+/* Calls `tell` every so many milliseconds on a thread of its own, with the seconds since its last call: progress is told also
+ * while the threads that work wait for memory. */
+void start_reports(uint64_t milliseconds, void (*tell)(double elapsed));
 
 /* SIGUSR1 asks for a verdict: counted by its handler, answered by the workload's loop. */
 void take_requests(void);

@@ -14,6 +14,7 @@
  *   --huge              ask for transparent huge pages
  *   --small             ask for none
  *   --report-ms=N       time between two lines in the log (1000)
+ *   --slow-us=N         count the pages whose first byte took longer than this to read: where post-copy waits (0: do not look)
  *   --gap-ms=N          log every time above this that it did not run (20)
  *   --seed=N            (1)
  *   --watched           hold a userfaultfd of its own: neither CRIU nor an engine that uses one can take it along
@@ -39,7 +40,7 @@ struct page {
 _Static_assert(sizeof(struct page) == PAGE_BYTES, "a page is a page");
 
 static struct {
-	uint64_t memory_mib, dirty_mb_s, check_mb_s, working_set_mib, zero_mib, report_ms, seed;
+	uint64_t memory_mib, dirty_mb_s, check_mb_s, working_set_mib, zero_mib, report_ms, slow_us, seed;
 	bool check_max, sequential, compressible, huge, small, watched, leaderless;
 } wanted = {.memory_mib = 64, .check_mb_s = 20, .report_ms = 1000, .seed = 1};
 
@@ -48,12 +49,23 @@ static uint32_t *versions;
 static uint64_t page_count, working_pages, zero_pages;
 static unsigned char *zeros;
 
-/* Writes and checks done since the start, in pages. */
-static uint64_t writes, checks;
+/* Writes and checks done since the start, in pages. Also read by the thread that tells progress. */
+static _Atomic uint64_t writes, checks;
+
+/* The same when progress was told last. */
+static uint64_t writes_then, checks_then;
+
+/* How long each slow page took, in microseconds; those that find no place any more are only counted. */
+#define SLOW_KEPT (1 << 18)
+static uint32_t slow_us[SLOW_KEPT];
+static uint64_t slow_pages;
 
 static void parse(int argc, char **argv);
 static void fill(void);
 static void write_page(uint64_t number);
+static void touch(uint64_t number);
+static void tell_progress(double elapsed);
+static void tell_slow_pages(void);
 static bool page_is_right(uint64_t number);
 static uint64_t verify_all(void);
 
@@ -107,19 +119,25 @@ int main(int argc, char **argv)
 	take_requests();
 	start_clock();
 
-	double start = seconds(CLOCK_MONOTONIC), second = start;
-	uint64_t random = mix(wanted.seed, 0, 1), next = 0, writes_then = 0, checks_then = 0;
+	double start = seconds(CLOCK_MONOTONIC);
+	uint64_t random = mix(wanted.seed, 0, 1), next = 0;
 	struct allowance to_write = {.pages_per_second = (double)wanted.dirty_mb_s * 1e6 / PAGE_BYTES, .since = start};
 	struct allowance to_check = {.pages_per_second = (double)wanted.check_mb_s * 1e6 / PAGE_BYTES, .since = start};
 	sig_atomic_t verdicts_given = 0;
 	log_line("{\"ready\":true,\"memory_mib\":%lu,\"dirty_mb_s\":%lu}", wanted.memory_mib, wanted.dirty_mb_s);
+	writes_then = writes;
+	start_reports(wanted.report_ms, tell_progress);
 
 	for (;;) {
 		double now = seconds(CLOCK_MONOTONIC);
-		for (uint64_t n = take(&to_write, now); n > 0; n--)
-			write_page(wanted.sequential ? next++ % working_pages : next_random(&random) % working_pages);
+		for (uint64_t n = take(&to_write, now); n > 0; n--) {
+			uint64_t number = wanted.sequential ? next++ % working_pages : next_random(&random) % working_pages;
+			touch(number);
+			write_page(number);
+		}
 		for (uint64_t n = wanted.check_max ? 16 : take(&to_check, now); n > 0; n--) {
 			uint64_t number = next_random(&random) % page_count;
+			touch(number);
 			checks++;
 			if (!page_is_right(number))
 				fail("page %lu should have version %u, it has number %lu, version %lu", number, versions[number],
@@ -128,6 +146,8 @@ int main(int argc, char **argv)
 
 		if (verdicts_given < verdicts_asked) {
 			verdicts_given++;
+			if (wanted.slow_us > 0)
+				tell_slow_pages();
 			uint64_t errors = verify_all();
 			log_line("{\"verified\":%s,\"pages\":%lu,\"errors\":%lu,\"longest_gap_ms\":%.1f,"
 				 "\"longest_gap_realtime_ms\":%.1f,\"seq\":%lu,\"throughput_mb_s\":%.1f}",
@@ -137,18 +157,51 @@ int main(int argc, char **argv)
 			if (errors > 0)
 				fail("%lu pages are wrong", errors);
 		}
-		if ((now - second) * 1000 >= (double)wanted.report_ms) {
-			log_line("{\"t\":%.3f,\"seq\":%lu,\"written_mb_s\":%.1f,\"checked_mb_s\":%.1f,\"longest_gap_ms\":%.1f}",
-				 seconds(CLOCK_REALTIME), writes,
-				 (double)(writes - writes_then) * PAGE_BYTES / 1e6 / (now - second),
-				 (double)(checks - checks_then) * PAGE_BYTES / 1e6 / (now - second), longest_gap_ms());
-			second = now;
-			writes_then = writes;
-			checks_then = checks;
-		}
 		if (!wanted.check_max)
 			pause_ms(1);
 	}
+}
+
+static void tell_progress(double elapsed)
+{
+	uint64_t writes_now = writes, checks_now = checks;
+	log_line("{\"t\":%.3f,\"seq\":%lu,\"written_mb_s\":%.1f,\"checked_mb_s\":%.1f,\"longest_gap_ms\":%.1f}",
+		 seconds(CLOCK_REALTIME), writes_now, (double)(writes_now - writes_then) * PAGE_BYTES / 1e6 / elapsed,
+		 (double)(checks_now - checks_then) * PAGE_BYTES / 1e6 / elapsed, longest_gap_ms());
+	writes_then = writes_now;
+	checks_then = checks_now;
+}
+
+/* Looks at a page before it is used, and at the time that takes. */
+static void touch(uint64_t number)
+{
+	if (wanted.slow_us == 0)
+		return;
+	double before = seconds(CLOCK_MONOTONIC);
+	(void)*(volatile uint64_t *)&pages[number].number;
+	double took_us = (seconds(CLOCK_MONOTONIC) - before) * 1e6;
+	if (took_us <= (double)wanted.slow_us)
+		return;
+	if (slow_pages < SLOW_KEPT)
+		slow_us[slow_pages] = (uint32_t)took_us;
+	slow_pages++;
+}
+
+static int by_size(const void *a, const void *b)
+{
+	uint32_t left = *(const uint32_t *)a, right = *(const uint32_t *)b;
+	return (left > right) - (left < right);
+}
+
+/* Of all slow pages up to the verdict, whose own reading does not count. */
+static void tell_slow_pages(void)
+{
+	uint64_t kept = slow_pages < SLOW_KEPT ? slow_pages : SLOW_KEPT;
+	qsort(slow_us, kept, sizeof *slow_us, by_size);
+	log_line("{\"slow_pages\":%lu,\"slow_p50_us\":%u,\"slow_p99_us\":%u,\"slow_max_us\":%u,\"t\":%.3f}", slow_pages,
+		 kept ? slow_us[kept / 2] : 0, kept ? slow_us[kept * 99 / 100] : 0, kept ? slow_us[kept - 1] : 0,
+		 seconds(CLOCK_REALTIME));
+	slow_pages = 0;
 }
 
 static void *memory(uint64_t bytes)
@@ -255,7 +308,7 @@ static void parse(int argc, char **argv)
 		{"working-set-mib", required_argument, NULL, 'w'}, {"content", required_argument, NULL, 't'},
 		{"zero-mib", required_argument, NULL, 'z'}, {"huge", no_argument, NULL, 'h'},
 		{"small", no_argument, NULL, 'n'},
-		{"report-ms", required_argument, NULL, 'r'}, {"gap-ms", required_argument, NULL, 'g'}, {"seed", required_argument, NULL, 's'},
+		{"report-ms", required_argument, NULL, 'r'}, {"gap-ms", required_argument, NULL, 'g'}, {"slow-us", required_argument, NULL, 'f'}, {"seed", required_argument, NULL, 's'},
 		{"watched", no_argument, NULL, 'u'}, {"leaderless", no_argument, NULL, 'l'}, {0},
 	};
 	for (int option; (option = getopt_long(argc, argv, "", options, NULL)) != -1;) {
@@ -275,6 +328,7 @@ static void parse(int argc, char **argv)
 		case 'n': wanted.small = true; break;
 		case 'r': wanted.report_ms = number_of(optarg); break;
 		case 'g': log_gaps_above((double)number_of(optarg)); break;
+		case 'f': wanted.slow_us = number_of(optarg); break;
 		case 's': wanted.seed = number_of(optarg); break;
 		case 'u': wanted.watched = true; break;
 		case 'l': wanted.leaderless = true; break;

@@ -6,6 +6,7 @@
  *
  *   --data-mib=N        records to load before it is ready (64)
  *   --writes-per-s=N    steps a second (500)
+ *   --report-ms=N       time between two lines in the log (1000)
  */
 
 #include "resp.h"
@@ -19,24 +20,28 @@
 #define AHEAD 16
 #define LIST_CHUNK 1000
 
-static uint64_t data_mib = 64, writes_per_s = 500;
+static uint64_t data_mib = 64, writes_per_s = 500, report_ms = 1000;
 static uint32_t *versions;
-static uint64_t records, sequence;
+static uint64_t records;
+/* Steps begun. Also read by the thread that tells progress. */
+static _Atomic uint64_t sequence;
 
 static void write_forever(void);
 static void load(void);
 static void step(uint64_t record);
+static void tell_progress(double elapsed);
 static uint64_t verify(void);
 
 int main(int argc, char **argv)
 {
 	static const struct option options[] = {
-		{"data-mib", required_argument, NULL, 'd'}, {"writes-per-s", required_argument, NULL, 'w'}, {0}};
+		{"data-mib", required_argument, NULL, 'd'}, {"writes-per-s", required_argument, NULL, 'w'},
+		{"report-ms", required_argument, NULL, 'r'}, {0}};
 	log_open("redis");
 	for (int option; (option = getopt_long(argc, argv, "", options, NULL)) != -1;) {
-		if (option == '?' || (option == 'd' ? (data_mib = strtoull(optarg, NULL, 10))
-						    : (writes_per_s = strtoull(optarg, NULL, 10))) == 0)
-			fail("usage: redis [--data-mib=N] [--writes-per-s=N], both above 0");
+		uint64_t *wanted = option == 'd' ? &data_mib : option == 'w' ? &writes_per_s : &report_ms;
+		if (option == '?' || (*wanted = strtoull(optarg, NULL, 10)) == 0)
+			fail("usage: redis [--data-mib=N] [--writes-per-s=N] [--report-ms=N], all above 0");
 	}
 
 	pid_t server = fork();
@@ -70,9 +75,10 @@ static void write_forever(void)
 	load();
 	start_clock();
 	log_line("{\"ready\":true,\"keys\":%lu}", records);
+	start_reports(report_ms, tell_progress);
 
-	double start = seconds(CLOCK_MONOTONIC), second = start, next = start, interval = 1.0 / (double)writes_per_s;
-	uint64_t random = mix(1, 2, 3), then = 0;
+	double start = seconds(CLOCK_MONOTONIC), next = start, interval = 1.0 / (double)writes_per_s;
+	uint64_t random = mix(1, 2, 3);
 	for (sig_atomic_t given = 0;;) {
 		step(next_random(&random) % records);
 		double now = seconds(CLOCK_MONOTONIC);
@@ -84,17 +90,20 @@ static void write_forever(void)
 				 errors == 0 ? "true" : "false", records, errors, longest_gap_ms(), longest_realtime_gap_ms(),
 				 sequence, (double)sequence * RECORD_BYTES / 1e6 / (now - start));
 		}
-		if (now - second >= 1.0) {
-			log_line("{\"t\":%.3f,\"seq\":%lu,\"writes_per_s\":%.1f,\"longest_gap_ms\":%.1f}", seconds(CLOCK_REALTIME),
-				 sequence, (double)(sequence - then) / (now - second), longest_gap_ms());
-			second = now;
-			then = sequence;
-		}
 		/* Time in which the container did not run is not caught up on. */
 		next = next + interval > now - 0.1 ? next + interval : now;
 		if (next > now)
 			nanosleep(&(struct timespec){.tv_nsec = (long)((next - now) * 1e9)}, NULL);
 	}
+}
+
+static void tell_progress(double elapsed)
+{
+	static uint64_t then;
+	uint64_t now = sequence;
+	log_line("{\"t\":%.3f,\"seq\":%lu,\"writes_per_s\":%.1f,\"longest_gap_ms\":%.1f}", seconds(CLOCK_REALTIME), now,
+		 (double)(now - then) / elapsed, longest_gap_ms());
+	then = now;
 }
 
 static void make_record(uint64_t *words, uint64_t record, uint64_t version)

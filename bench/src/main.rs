@@ -11,9 +11,12 @@
 
 mod checkpoint;
 mod engine;
+mod faults;
 mod guests;
 mod measure;
+mod modes;
 mod predump;
+mod prefork;
 mod record;
 mod summary;
 mod tls_copy;
@@ -59,6 +62,12 @@ enum Command {
     Trackers(trackers::Arguments),
     /// Against CRIU's own pre-copy, which only a kernel with soft-dirty bits has.
     Predump(predump::Options),
+    /// Pre-copy, post-copy, both, the engine's choice, and CRIU's post-copy, on several links.
+    Modes(modes::Options),
+    /// Memory that forked processes share, on the wire and at both ends.
+    Prefork(prefork::Options),
+    /// What a fault costs in post-copy, idle and under full push.
+    Faults(faults::Options),
     /// Another benchmark, in a guest of each kernel of scripts/guest.
     InGuests(guests::Arguments),
     /// Part of the benchmark, started by it on a host.
@@ -68,6 +77,8 @@ enum Command {
 
 #[derive(Subcommand)]
 enum Part {
+    /// Holds so many MiB of memory for another process to read.
+    Hold { mib: u64 },
     /// Receives so many MiB over TLS.
     TlsReceive {
         listen: SocketAddrV4,
@@ -97,8 +108,11 @@ fn main() -> ExitCode {
             results,
         } => core(quick, &systems, &results),
         Command::Trackers(arguments) => trackers::run(&arguments),
+        Command::Faults(options) => faults::run(&options),
         Command::InGuests(arguments) => guests::run(&arguments),
         Command::Predump(options) => predump::run(&options),
+        Command::Modes(options) => modes::run(&options),
+        Command::Prefork(options) => prefork::run(&options),
         Command::Part(part) => run_part(part).map(|()| true),
     };
     match outcome {
@@ -136,6 +150,7 @@ fn core(quick: bool, systems: &[System], results: &std::path::Path) -> Result<bo
 
 fn run_part(part: Part) -> Result<()> {
     match part {
+        Part::Hold { mib } => faults::hold(mib),
         Part::TlsReceive {
             listen,
             mib,

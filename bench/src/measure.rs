@@ -177,7 +177,8 @@ fn move_container<P>(
     );
     let verdict = container.verify(site.target, VERDICT)?;
     measured.verified = verdict.verified;
-    measured.gap_ms = Some(verdict.longest_gap_ms);
+    // By the real time: a restored container's monotonic clock goes on where it was dumped.
+    measured.gap_ms = verdict.more["longest_gap_realtime_ms"].as_f64();
     measured.downtime_ms = downtime
         .as_ref()
         .and_then(|parts| parts.get("total_ms").copied());
@@ -234,7 +235,7 @@ fn throughput_loss(log: &[Value], ordered_at: f64) -> Result<f64> {
     // A gap is told when it is over.
     let stopped_at = log
         .iter()
-        .filter_map(|line| Some((number(line, "gap_ms")?, number(line, "t")?)))
+        .filter_map(|line| Some((number(line, "gap_realtime_ms")?, number(line, "t")?)))
         .filter(|&(_, told_at)| told_at > ordered_at)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(gap_ms, told_at)| told_at - gap_ms / 1000.0)

@@ -39,7 +39,8 @@ fuzz_target!(
             let first = PageNumber(next + u64::from(gap) * u64::from(gap));
             let range = PageRange::from_start_len(first, u64::from(len)).expect("far below the limit");
             next = range.end().0;
-            let kind = [RunKind::Data, RunKind::Zero, RunKind::Owed][usize::from(kind % 3)];
+            let same = RunKind::Same(SpaceId(u32::MAX));
+            let kind = [RunKind::Data, RunKind::Zero, RunKind::Owed, same][usize::from(kind % 4)];
             runs.push(Run { range, kind });
         }
         let len = runs.iter().map(Run::raw_len).sum::<usize>();

@@ -24,6 +24,8 @@
 pub mod address_space;
 pub mod bug_probes;
 pub mod bugs;
+#[cfg(test)]
+pub(crate) mod forked;
 pub mod inject;
 pub mod interruption;
 pub mod ksm;

@@ -17,6 +17,7 @@ use std::os::unix::fs::FileExt;
 pub struct Pagemap {
     file: File,
     pid: i32,
+    /// Made at the first scan; who only reads entries needs none.
     regions: Vec<PageRegion>,
 }
 
@@ -109,7 +110,7 @@ impl Pagemap {
         Ok(Pagemap {
             file,
             pid,
-            regions: vec![PageRegion::default(); REGIONS],
+            regions: Vec::new(),
         })
     }
 
@@ -122,6 +123,7 @@ impl Pagemap {
         query: Query,
         mut each: impl FnMut(PageRange, PageIs),
     ) -> Result<(), ScanError> {
+        self.regions.resize(REGIONS, PageRegion::default());
         let mut arg = ScanArg::new(range, query, &mut self.regions);
         while arg.start < arg.end {
             // SAFETY: `arg` has the layout of struct pm_scan_arg and `arg.vec` points at `vec_len` regions that live

@@ -2,8 +2,16 @@
 //!
 //! Runs of pages enter, their bytes leave in one buffer, with the list of pages that could not be read. A page is never
 //! passed off as zeros: what is not there is named.
+//!
+//! # Pages that forked processes share
+//!
+//! `process_vm_readv` pins what it reads, and the kernel pins no anonymous page that another process may still share: it
+//! gives the one that is read a copy of its own first (`gup_must_unshare` in mm/internal.h, since Linux 5.19). Read that way, a
+//! prefork server's memory would grow at the source to the sum of what its processes see. `/proc/PID/mem` looks without
+//! pinning and leaves such pages shared; it copies page by page and takes about four times as long.
 
 use super::maps::{self, FileKinds, MapsError};
+use super::pagemap::{Entry, Pagemap, ScanError};
 use crate::memory::{PAGE_SIZE, PageNumber, PageRange, PageSet};
 use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -19,8 +27,10 @@ use std::os::unix::fs::FileExt;
 #[derive(Debug)]
 pub struct ProcessMemory {
     pid: i32,
-    /// `/proc/PID/mem`, for pages that `process_vm_readv` may not read (no `PROT_READ`).
+    /// `/proc/PID/mem`, for pages that `process_vm_readv` may not read (no `PROT_READ`) or would copy.
     mem: File,
+    /// Says which pages are shared, if any may be.
+    pagemap: Option<Pagemap>,
 }
 
 /// Why memory could not be read at all.
@@ -53,19 +63,55 @@ pub enum ReadError {
     /// The mappings, needed to tell missing pages from unreadable ones, are not known.
     #[error("telling missing pages from unreadable ones")]
     Maps(#[source] MapsError),
+    /// The page map, needed to tell shared pages from others, is not known.
+    #[error("telling shared pages from others")]
+    Sharing(#[source] ScanError),
 }
 
 impl ProcessMemory {
-    /// Opens the memory of `pid` (a process id or, if its leader has exited, the id of a living thread).
+    /// Opens the memory of `pid` (a process id or, if its leader has exited, the id of a living thread), which shares no
+    /// page with another.
     pub fn open(pid: i32) -> Result<ProcessMemory, ReadError> {
         let mem = File::open(format!("/proc/{pid}/mem"))
             .map_err(|error| refused("opening the memory", pid, errno_of(&error)))?;
-        Ok(ProcessMemory { pid, mem })
+        Ok(ProcessMemory {
+            pid,
+            mem,
+            pagemap: None,
+        })
+    }
+
+    /// Opens memory that may share pages with other processes. Reading leaves them shared.
+    pub fn open_shared(pid: i32) -> Result<ProcessMemory, ReadError> {
+        let pagemap = Pagemap::open(pid).map_err(sharing)?;
+        Ok(ProcessMemory {
+            pagemap: Some(pagemap),
+            ..ProcessMemory::open(pid)?
+        })
     }
 
     /// The pid it was opened with.
     pub fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// For each page of `runs`, in order, the frame it shares with another process; `None` if it shares none, or was
+    /// opened as memory that does not.
+    ///
+    /// True at the moment of asking. Frames are used again: two pages are one only if their content is the same, too.
+    pub fn shared_frames(&self, runs: &[PageRange]) -> Result<Vec<Option<u64>>, ReadError> {
+        let mut frames = Vec::new();
+        for &run in runs {
+            match &self.pagemap {
+                Some(pagemap) => pagemap
+                    .read(run, |_, entry| {
+                        frames.push(entry.frame().filter(|_| is_shared(entry)));
+                    })
+                    .map_err(sharing)?,
+                None => frames.resize(frames.len() + run.pages() as usize, None),
+            }
+        }
+        Ok(frames)
     }
 
     /// Reads `runs`, in order, into `buffer`, which must hold exactly their bytes.
@@ -84,8 +130,37 @@ impl ProcessMemory {
                 runs: bytes,
             });
         }
-        let mut todo = Todo::new(runs);
         let mut missing = PageSet::new();
+        let Some(pagemap) = &self.pagemap else {
+            self.read_pinned(runs, buffer, &mut missing)?;
+            return Ok(missing.iter().collect());
+        };
+        let mut rest = buffer;
+        let mut here;
+        for (shared, runs) in by_sharing(pagemap, runs).map_err(sharing)? {
+            let bytes: u64 = runs.iter().map(|run| run.bytes()).sum();
+            (here, rest) = rest.split_at_mut(bytes as usize);
+            if !shared {
+                self.read_pinned(&runs, here, &mut missing)?;
+                continue;
+            }
+            for run in runs {
+                let buffer;
+                (buffer, here) = here.split_at_mut(run.bytes() as usize);
+                self.read_slowly(run, buffer, &mut missing)?;
+            }
+        }
+        Ok(missing.iter().collect())
+    }
+
+    /// Reads `runs` with as few calls as possible, and adds to `missing` what is not there.
+    fn read_pinned(
+        &self,
+        runs: &[PageRange],
+        buffer: &mut [u8],
+        missing: &mut PageSet,
+    ) -> Result<(), ReadError> {
+        let mut todo = Todo::new(runs);
         let mut mapped: Option<PageSet> = None;
         let mut done = 0usize;
         while let Some(next) = todo.front() {
@@ -103,14 +178,14 @@ impl ProcessMemory {
             let (run, there) = leading(mapped, next);
             let bytes = run.bytes() as usize;
             if there {
-                self.read_slowly(run, &mut buffer[done..done + bytes], &mut missing)?;
+                self.read_slowly(run, &mut buffer[done..done + bytes], missing)?;
             } else {
                 missing.insert(run);
             }
             todo.advance(run.pages());
             done += bytes;
         }
-        Ok(missing.iter().collect())
+        Ok(())
     }
 
     /// One `process_vm_readv`: whole pages from the front of `todo`, zero if the first cannot be read that way.
@@ -173,6 +248,45 @@ impl ProcessMemory {
             Err(MapsError::Exited { pid }) => Err(ReadError::Exited { pid }),
             Err(error) => Err(ReadError::Maps(error)),
         }
+    }
+}
+
+/// Whether reading the page by pinning it would copy it. One in swap may be.
+fn is_shared(entry: Entry) -> bool {
+    (entry.present() || entry.swapped()) && !entry.exclusive() && !entry.file()
+}
+
+/// `runs` cut where sharing begins and ends: groups in order, each with whether its pages are shared.
+fn by_sharing(
+    pagemap: &Pagemap,
+    runs: &[PageRange],
+) -> Result<Vec<(bool, Vec<PageRange>)>, ScanError> {
+    let mut groups: Vec<(bool, Vec<PageRange>)> = Vec::new();
+    for &run in runs {
+        // A run begins anew even where the one before ends: they need not be one.
+        let mut begins = true;
+        pagemap.read(run, |page, entry| {
+            let (shared, one) = (is_shared(entry), PageRange::from_start_len(page, 1));
+            let begins = std::mem::take(&mut begins);
+            let Some(one) = one else { return };
+            match groups.last_mut() {
+                Some((like, runs)) if *like == shared => match runs.last_mut() {
+                    Some(last) if !begins => {
+                        *last = PageRange::new(last.start(), one.end()).unwrap_or(*last);
+                    }
+                    _ => runs.push(one),
+                },
+                _ => groups.push((shared, vec![one])),
+            }
+        })?;
+    }
+    Ok(groups)
+}
+
+fn sharing(error: ScanError) -> ReadError {
+    match error {
+        ScanError::Exited { pid } => ReadError::Exited { pid },
+        error => ReadError::Sharing(error),
     }
 }
 
@@ -250,6 +364,7 @@ fn errno_of(error: &io::Error) -> Errno {
 #[allow(unsafe_code)]
 mod tests {
     use super::*;
+    use crate::kernel::forked::Forked;
     use crate::memory::VirtAddr;
 
     /// Pages of this process, page `i` filled with byte `i + 1`.
@@ -315,6 +430,63 @@ mod tests {
         );
     }
 
+    fn frames_of(pid: i32, range: PageRange) -> Vec<Option<u64>> {
+        let mut frames = Vec::new();
+        Pagemap::open(pid)
+            .unwrap()
+            .read(range, |_, entry| frames.push(entry.frame()))
+            .unwrap();
+        frames
+    }
+
+    #[test]
+    fn reading_leaves_what_forked_processes_share_shared() {
+        let (start, range) = numbered(40);
+        let child = Forked::new();
+        // SAFETY: pages of a leaked vector that nothing else refers to. Writing gives this process its own copy.
+        unsafe { start.add(7 * 4096).write_bytes(99, 4096) };
+        let before = frames_of(child.pid(), range);
+        let runs = [run(range, 0, 20), run(range, 20, 10), run(range, 35, 2)];
+        let memory = ProcessMemory::open_shared(child.pid()).unwrap();
+        let mut buffer = vec![0; 32 * 4096];
+        assert!(memory.read_runs(&runs, &mut buffer).unwrap().is_empty());
+        let numbers: Vec<u8> = buffer.chunks(4096).map(|page| page[4095]).collect();
+        let expected: Vec<u8> = (1..=30).chain(36..=37).collect();
+        assert_eq!(numbers, expected);
+
+        assert_eq!(
+            frames_of(child.pid(), range),
+            before,
+            "the child got copies"
+        );
+        let ours = frames_of(std::process::id() as i32, range);
+        let same = |page: &usize| ours[*page].is_some() && ours[*page] == before[*page];
+        let shared: Vec<usize> = (0..40).filter(same).collect();
+        let expected: Vec<usize> = (0..40).filter(|&page| page != 7).collect();
+        assert_eq!(shared, expected, "needs CAP_SYS_ADMIN, which shows frames");
+        let told = memory.shared_frames(&[range]).unwrap();
+        let shared_page = |page: usize| told[page] == before[page];
+        assert!((0..40).all(|page| shared_page(page) == (page != 7)));
+    }
+
+    /// Why the other way exists. A kernel before 5.19 shares on.
+    #[test]
+    fn reading_by_pinning_copies_what_is_shared() {
+        let (_, range) = numbered(4);
+        let child = Forked::new();
+        let before = frames_of(child.pid(), range);
+        let memory = ProcessMemory::open(child.pid()).unwrap();
+        let mut buffer = vec![0; 4 * 4096];
+        memory.read_runs(&[range], &mut buffer).unwrap();
+        let after = frames_of(child.pid(), range);
+        assert!(
+            after
+                .iter()
+                .zip(&before)
+                .all(|(after, before)| after != before)
+        );
+    }
+
     #[test]
     fn unmapped_pages_are_named_and_unreadable_ones_are_read() {
         let page = 4096;
@@ -353,8 +525,17 @@ mod tests {
             VirtAddr(start as u64).page()
         };
         let range = PageRange::from_start_len(start, 3000).unwrap();
+        let shared = ProcessMemory::open_shared(std::process::id() as i32).unwrap();
+        for memory in [this_process(), shared] {
+            check_unreadable(&memory, range);
+        }
+    }
+
+    /// Reads what the test above has laid out.
+    fn check_unreadable(memory: &ProcessMemory, range: PageRange) {
+        let page = 4096;
         let mut buffer = vec![0xee; 3000 * page];
-        let missing = this_process().read_runs(&[range], &mut buffer).unwrap();
+        let missing = memory.read_runs(&[range], &mut buffer).unwrap();
         assert_eq!(missing, [run(range, 10, 2000), run(range, 2201, 1)]);
         for (index, bytes) in buffer.chunks(page).enumerate() {
             match index {

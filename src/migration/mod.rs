@@ -13,9 +13,11 @@
 //! ```
 
 pub mod convergence;
+pub mod decision;
 pub mod event;
 pub mod handoff;
 pub mod journal;
+pub mod ledger;
 pub mod mode;
 pub mod phase;
 pub mod report;

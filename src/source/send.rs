@@ -6,6 +6,11 @@
 //!              └ worker 1: read ─ drop zero, same ─ encode ─▶ page stream 1
 //! ```
 //!
+//! Pages that forked processes share are read from each, so that they stay shared and are known to be the same, and sent
+//! once: whose page lies in the same frame as a page of the same number that was just sent, and holds the same, is only
+//! referred to it. Both are on one stream, so the target has the first when it reads of the second. To remember few
+//! frames, all spaces' pages of a *window* of addresses are sent before those of the next.
+//!
 //! A page belongs to the stream that its 2 MiB region hashes to, always. So the copies of one page arrive in the order
 //! they were sent, and at the target the newest wins without a lock. Each worker holds one frame at a time and blocks
 //! when its stream does: memory stays bounded whatever the container's size.
@@ -18,7 +23,7 @@ use crate::wire::page_frame::{
     EncodedFrame, FrameEncoder, FrameError, MAX_OWED, MAX_PAGES, MAX_RUNS, Run, RunKind,
 };
 use bytes::Bytes;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,6 +34,9 @@ use xxhash_rust::xxh3::xxh3_128;
 
 /// Pages of a region; a region's pages share a stream. 2 MiB, so that a huge page is not torn apart.
 const REGION_PAGES: u64 = 512;
+
+/// Pages of a window: 256 MiB. The frames of what several processes share in it are remembered, at most 4 MiB a worker.
+const WINDOW_PAGES: u64 = 1 << 16;
 
 /// Hashes of pages that a worker remembers: with 24 bytes each 3 MiB, whatever the container's size.
 const REMEMBERED: usize = 1 << 17;
@@ -96,6 +104,16 @@ struct Worker<S> {
     encoder: FrameEncoder,
     chooser: CodecChooser,
     remembered: Remembered,
+    shared: HashMap<u64, SharedPage>,
+}
+
+/// A page sent in the current window, found by its frame.
+#[derive(Clone, Copy)]
+struct SharedPage {
+    space: SpaceId,
+    page: PageNumber,
+    /// Frames are used again: the page found there later may be another.
+    hash: u128,
 }
 
 impl<S: FrameSink> Sender<S> {
@@ -108,6 +126,7 @@ impl<S: FrameSink> Sender<S> {
             encoder: FrameEncoder::new(),
             chooser: CodecChooser::new(compression),
             remembered: Remembered::new(),
+            shared: HashMap::new(),
         };
         Sender {
             workers: sinks.into_iter().map(worker).collect(),
@@ -120,6 +139,9 @@ impl<S: FrameSink> Sender<S> {
         progress.pages.store(0, Ordering::Relaxed);
         progress.bytes_wire.store(0, Ordering::Relaxed);
         let streams = self.workers.len() as u64;
+        let mut spaces: HashSet<SpaceId> = self.sent.keys().copied().collect();
+        spaces.extend(pages.iter().map(|to_send| to_send.space));
+        let alone = spaces.len() == 1;
         let results: Vec<Result<Share, SendError>> = thread::scope(|scope| {
             let running: Vec<_> = (0..streams)
                 .zip(&mut self.workers)
@@ -127,7 +149,7 @@ impl<S: FrameSink> Sender<S> {
                     let mine = move |range: PageRange| stream_of(range.start(), streams) == index;
                     thread::Builder::new()
                         .name(format!("pages-{index}"))
-                        .spawn_scoped(scope, move || worker.send(pages, mine, progress))
+                        .spawn_scoped(scope, move || worker.send(pages, alone, mine, progress))
                 })
                 .collect();
             running
@@ -207,67 +229,64 @@ impl<S: FrameSink> Worker<S> {
     fn send(
         &mut self,
         pages: &[PagesToSend],
+        alone: bool,
         mine: impl Fn(PageRange) -> bool,
         progress: &Progress,
     ) -> Result<Share, SendError> {
-        let mut share = Share::default();
-        for to_send in pages {
-            let mut regions = to_send
-                .pages
+        let mut share = Share {
+            counts: Sent::default(),
+            spaces: pages
                 .iter()
-                .flat_map(in_regions)
-                .filter(|&range| mine(range))
-                .peekable();
-            if regions.peek().is_none() {
-                continue;
+                .map(|to_send| (to_send.space, Looked::default()))
+                .collect(),
+        };
+        for window in windows(pages) {
+            self.shared.clear();
+            for (to_send, (_, looked)) in pages.iter().zip(&mut share.spaces) {
+                let regions = to_send.pages.intersecting(window).into_iter();
+                let regions = regions.flat_map(in_regions).filter(|&range| mine(range));
+                let mut source = Source {
+                    to_send,
+                    alone,
+                    looked,
+                    counts: &mut share.counts,
+                    progress,
+                };
+                self.send_regions(&mut source, regions)?;
             }
-            let failed = |source| SendError::Read {
-                pid: to_send.pid,
-                source,
-            };
-            let memory = match ProcessMemory::open(to_send.pid) {
-                Ok(memory) => memory,
-                // Its pages are gone with it; whether any is wanted after all shows at the freeze.
-                Err(ReadError::Exited { .. }) => continue,
-                Err(source) => return Err(failed(source)),
-            };
-            let mut looked = Looked::default();
-            let mut batch = Vec::new();
-            let mut batch_pages = 0;
-            while let Some(region) = regions.next() {
-                // A region is at most twice a frame.
-                for range in region.chunks(MAX_PAGES) {
-                    if batch_pages + range.pages() > MAX_PAGES || batch.len() == MAX_RUNS / 2 {
-                        self.batch(
-                            &memory,
-                            to_send.space,
-                            &batch,
-                            &mut looked,
-                            &mut share.counts,
-                            progress,
-                            failed,
-                        )?;
-                        batch.clear();
-                        batch_pages = 0;
-                    }
-                    batch_pages += range.pages();
-                    batch.push(range);
-                }
-                if regions.peek().is_none() {
-                    self.batch(
-                        &memory,
-                        to_send.space,
-                        &batch,
-                        &mut looked,
-                        &mut share.counts,
-                        progress,
-                        failed,
-                    )?;
-                }
-            }
-            share.spaces.push((to_send.space, looked));
         }
         Ok(share)
+    }
+
+    /// Sends regions of one space, in as few frames as they fit in.
+    fn send_regions(
+        &mut self,
+        source: &mut Source<'_>,
+        regions: impl Iterator<Item = PageRange>,
+    ) -> Result<(), SendError> {
+        let mut regions = regions.peekable();
+        if regions.peek().is_none() {
+            return Ok(());
+        }
+        let memory = match source.open() {
+            Ok(memory) => memory,
+            // Its pages are gone with it; whether any is wanted after all shows at the freeze.
+            Err(ReadError::Exited { .. }) => return Ok(()),
+            Err(error) => return Err(source.failed(error)),
+        };
+        let mut batch = Vec::new();
+        let mut batch_pages = 0;
+        // A region is at most twice a frame.
+        for range in regions.flat_map(|region| region.chunks(MAX_PAGES)) {
+            if batch_pages + range.pages() > MAX_PAGES || batch.len() == MAX_RUNS / 2 {
+                self.batch(&memory, source, &batch)?;
+                batch.clear();
+                batch_pages = 0;
+            }
+            batch_pages += range.pages();
+            batch.push(range);
+        }
+        self.batch(&memory, source, &batch)
     }
 
     /// Calls `regions` of `space` owed, in as few frames as they fit in.
@@ -310,43 +329,45 @@ impl<S: FrameSink> Worker<S> {
     }
 
     /// Reads up to a frame's worth of pages and sends what the target does not have.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the loop's state, split by who borrows it"
-    )]
     fn batch(
         &mut self,
         memory: &ProcessMemory,
-        space: SpaceId,
+        source: &mut Source<'_>,
         ranges: &[PageRange],
-        looked: &mut Looked,
-        counts: &mut Sent,
-        progress: &Progress,
-        failed: impl Fn(ReadError) -> SendError,
     ) -> Result<(), SendError> {
-        if progress.cancelled.load(Ordering::Relaxed) {
+        if source.progress.cancelled.load(Ordering::Relaxed) {
             return Err(SendError::Cancelled);
         }
         let pages: u64 = ranges.iter().map(|range| range.pages()).sum();
         let mut buffer = self.buffers.take();
-        let gone: PageSet = match memory.read_runs(ranges, &mut buffer.bytes[..bytes_of(pages)]) {
-            Ok(gone) => gone.into_iter().collect(),
+        let read = memory.shared_frames(ranges).and_then(|frames| {
+            let gone = memory.read_runs(ranges, &mut buffer.bytes[..bytes_of(pages)])?;
+            Ok((frames, gone))
+        });
+        let (frames, gone) = match read {
+            Ok((frames, gone)) => (frames, gone.into_iter().collect()),
             Err(ReadError::Exited { .. }) => return Ok(()),
-            Err(source) => return Err(failed(source)),
+            Err(error) => return Err(source.failed(error)),
         };
-        let (sorted, data) = self.sort(space, ranges, &gone, &mut buffer.bytes, counts);
+        let space = source.to_send.space;
+        let read = Read {
+            ranges,
+            frames,
+            gone,
+        };
+        let (sorted, data) = self.sort(space, &read, &mut buffer.bytes, source.counts);
         for &range in ranges {
-            looked.sent.insert(range);
+            source.looked.sent.insert(range);
         }
-        looked.sent.subtract(&gone);
-        looked.gone.extend(&gone);
-        progress.pages.fetch_add(pages, Ordering::Relaxed);
+        source.looked.sent.subtract(&read.gone);
+        source.looked.gone.extend(&read.gone);
+        source.progress.pages.fetch_add(pages, Ordering::Relaxed);
         if sorted.is_empty() {
             return Ok(());
         }
         // Runs alternate between kinds at worst; a frame takes only so many.
         let mut raw = Bytes::from_owner(buffer).slice(..data);
-        for runs in sorted.chunks(MAX_RUNS) {
+        for runs in in_frames(&sorted) {
             let data = raw.split_to(runs.iter().map(Run::raw_len).sum());
             let raw_len = data.len();
             let codec = self.chooser.choose();
@@ -361,34 +382,34 @@ impl<S: FrameSink> Worker<S> {
                 self.chooser.link_took(wire_len, waited);
             }
             self.frames += 1;
-            counts.bytes_wire += wire_len;
-            progress.bytes_wire.fetch_add(wire_len, Ordering::Relaxed);
+            source.counts.bytes_wire += wire_len;
+            let progress = &source.progress.bytes_wire;
+            progress.fetch_add(wire_len, Ordering::Relaxed);
         }
         Ok(())
     }
 
-    /// Sorts pages into data, zero and unchanged. Afterwards `buffer` begins with the data pages, in order; they take as
+    /// Sorts pages into data, zero, another space's and unchanged. Afterwards `buffer` begins with the data pages, in order; they take as
     /// many bytes as returned.
     fn sort(
         &mut self,
         space: SpaceId,
-        ranges: &[PageRange],
-        gone: &PageSet,
+        read: &Read<'_>,
         buffer: &mut [u8],
         counts: &mut Sent,
     ) -> (Vec<Run>, usize) {
         let mut runs: Vec<Run> = Vec::new();
         let (mut from, mut to) = (0, 0);
         let page_bytes = bytes_of(1);
-        for page in ranges
+        let pages = read
+            .ranges
             .iter()
-            .flat_map(|range| range.start().0..range.end().0)
-            .map(PageNumber)
-        {
+            .flat_map(|range| range.start().0..range.end().0);
+        for (page, frame) in pages.map(PageNumber).zip(&read.frames) {
             let content = &buffer[from..from + page_bytes];
             let at = from;
             from += page_bytes;
-            if !gone.is_empty() && gone.contains(page) {
+            if !read.gone.is_empty() && read.gone.contains(page) {
                 continue;
             }
             counts.pages += 1;
@@ -400,15 +421,25 @@ impl<S: FrameSink> Worker<S> {
                 counts.zero_pages += 1;
                 RunKind::Zero
             } else {
-                if self.remembered.is_same(space, page, xxh3_128(content)) {
+                let hash = xxh3_128(content);
+                let origin = frame.and_then(|frame| {
+                    let here = SharedPage { space, page, hash };
+                    self.seen(frame, here)
+                });
+                if self.remembered.is_same(space, page, hash) {
                     counts.same_pages += 1;
                     continue;
                 }
-                counts.data_pages += 1;
-                counts.bytes_raw += PAGE_SIZE;
-                buffer.copy_within(at..at + page_bytes, to);
-                to += page_bytes;
-                RunKind::Data
+                if let Some(origin) = origin {
+                    counts.same_pages += 1;
+                    RunKind::Same(origin)
+                } else {
+                    counts.data_pages += 1;
+                    counts.bytes_raw += PAGE_SIZE;
+                    buffer.copy_within(at..at + page_bytes, to);
+                    to += page_bytes;
+                    RunKind::Data
+                }
             };
             let one = PageRange::from_start_len(page, 1).expect("a page of a range is a range");
             match runs.last_mut() {
@@ -421,6 +452,83 @@ impl<S: FrameSink> Worker<S> {
         }
         (runs, to)
     }
+
+    /// The other space that has this very page, sent earlier in the window; if there is none, this is the one for others.
+    fn seen(&mut self, frame: u64, here: SharedPage) -> Option<SpaceId> {
+        let first = *self.shared.entry(frame).or_insert(here);
+        let same = first.space != here.space && (first.page, first.hash) == (here.page, here.hash);
+        same.then_some(first.space)
+    }
+}
+
+/// What a worker sends pages of, and where it keeps account of that.
+struct Source<'a> {
+    to_send: &'a PagesToSend,
+    /// There is no other space that it could share pages with.
+    alone: bool,
+    looked: &'a mut Looked,
+    counts: &'a mut Sent,
+    progress: &'a Progress,
+}
+
+impl Source<'_> {
+    fn open(&self) -> Result<ProcessMemory, ReadError> {
+        match self.alone {
+            true => ProcessMemory::open(self.to_send.pid),
+            false => ProcessMemory::open_shared(self.to_send.pid),
+        }
+    }
+
+    fn failed(&self, source: ReadError) -> SendError {
+        SendError::Read {
+            pid: self.to_send.pid,
+            source,
+        }
+    }
+}
+
+/// Pages that were read, in order.
+struct Read<'a> {
+    ranges: &'a [PageRange],
+    /// For each page the frame it shares with another process.
+    frames: Vec<Option<u64>>,
+    /// Pages that were not there.
+    gone: PageSet,
+}
+
+/// `runs` cut into what a frame takes: so many, and those that are another space's from one space only.
+fn in_frames(runs: &[Run]) -> Vec<&[Run]> {
+    let (mut frames, mut from, mut named) = (Vec::new(), 0, None);
+    for (index, run) in runs.iter().enumerate() {
+        let origin = match run.kind {
+            RunKind::Same(origin) => Some(origin),
+            RunKind::Data | RunKind::Zero | RunKind::Owed => None,
+        };
+        let another = origin.is_some() && named.is_some() && origin != named;
+        if another || index - from == MAX_RUNS {
+            frames.push(&runs[from..index]);
+            (from, named) = (index, None);
+        }
+        named = named.or(origin);
+    }
+    frames.push(&runs[from..]);
+    frames
+}
+
+/// The windows in which any space has pages, in order. A space that is alone has one window of everything.
+fn windows(pages: &[PagesToSend]) -> Vec<PageRange> {
+    let ranges = || pages.iter().flat_map(|to_send| to_send.pages.iter());
+    if pages.len() == 1 {
+        let end = ranges().map(|range| range.end()).max();
+        let all = end.and_then(|end| PageRange::new(PageNumber(0), end));
+        return all.into_iter().collect();
+    }
+    let numbers: BTreeSet<u64> = ranges()
+        .flat_map(|range| range.start().0 / WINDOW_PAGES..=(range.end().0 - 1) / WINDOW_PAGES)
+        .collect();
+    let window =
+        |number| PageRange::from_start_len(PageNumber(number * WINDOW_PAGES), WINDOW_PAGES);
+    numbers.into_iter().filter_map(window).collect()
 }
 
 /// A worker's frame buffers, used again when the network is done with them.
@@ -543,6 +651,7 @@ fn bytes_of(pages: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::forked::Forked;
     use crate::wire::page_frame::{Frame, HEADER_LEN, Header, Scratch};
     use std::collections::BTreeMap;
 
@@ -560,24 +669,32 @@ mod tests {
     }
 
     impl Kept {
-        /// The pages that came, in order of arrival, with their content; `None` is zero.
+        /// The pages of [`SPACE`] that came, in order of arrival, with their content; `None` is zero.
         fn pages(&self) -> Vec<(u64, Option<Vec<u8>>)> {
+            let came = self.came().into_iter();
+            came.map(|(space, page, _, content)| {
+                assert_eq!(space, SPACE);
+                (page, content)
+            })
+            .collect()
+        }
+
+        fn came(&self) -> Vec<(SpaceId, u64, RunKind, Option<Vec<u8>>)> {
             let mut pages = Vec::new();
             for bytes in self.0.lock().expect("not poisoned").drain(..) {
                 let header = Header::decode(bytes[..HEADER_LEN].try_into().expect("a header"));
                 let frame = Frame::decode(header.expect("sound"), bytes.slice(HEADER_LEN..));
                 let frame = frame.expect("sound");
-                assert_eq!(frame.space(), SPACE);
                 let mut scratch = Scratch::new();
                 let mut data = frame.raw(&mut scratch).expect("sound").chunks(bytes_of(1));
                 for run in frame.runs() {
                     for page in run.range.start().0..run.range.end().0 {
                         let content = match run.kind {
                             RunKind::Data => Some(data.next().expect("a data page").to_vec()),
-                            RunKind::Zero => None,
+                            RunKind::Zero | RunKind::Same(_) => None,
                             RunKind::Owed => Some(b"owed".to_vec()),
                         };
-                        pages.push((page, content));
+                        pages.push((frame.space(), page, run.kind, content));
                     }
                 }
             }
@@ -682,6 +799,80 @@ mod tests {
             kept[0].pages(),
             [(base + 5, Some(vec![8; bytes_of(1)])), (base + 6, None)]
         );
+    }
+
+    #[test]
+    fn what_forked_processes_share_is_sent_once_and_stays_shared() {
+        const CHILD: SpaceId = SpaceId(4);
+        let mut memory = Memory::new(1500);
+        for index in 0..1500 {
+            memory.page(index).fill(index as u8 | 1);
+        }
+        memory.page(3).fill(0);
+        let child = Forked::new();
+        // These are two pages now.
+        memory.page(700).fill(77);
+        let mut to_send = memory.to_send();
+        to_send.push(PagesToSend {
+            space: CHILD,
+            pid: child.pid(),
+            ..to_send[0].clone()
+        });
+        let (mut sender, kept) = sender(2);
+        let sent = sender.send(&to_send, &Progress::default()).expect("sent");
+        assert_eq!(
+            (sent.data_pages, sent.zero_pages, sent.same_pages),
+            (1500, 2, 1498)
+        );
+        let mut target: BTreeMap<(SpaceId, u64), Vec<u8>> = BTreeMap::new();
+        for (space, page, kind, content) in kept.iter().flat_map(Kept::came) {
+            let content = match kind {
+                // What is there by then counts, as at a target.
+                RunKind::Same(origin) => target[&(origin, page)].clone(),
+                _ => content.unwrap_or_else(|| vec![0; bytes_of(1)]),
+            };
+            target.insert((space, page), content);
+        }
+        for index in 0..1500 {
+            let page = memory.first.0 + index;
+            assert_eq!(target[&(SPACE, page)], memory.page(index));
+            let childs = match index {
+                700 => vec![700u64 as u8 | 1; bytes_of(1)],
+                _ => memory.page(index).to_vec(),
+            };
+            assert_eq!(target[&(CHILD, page)], childs, "page {index}");
+        }
+        // The reading has copied nothing.
+        let shared = ProcessMemory::open_shared(child.pid()).expect("opens");
+        let range = PageRange::from_start_len(memory.first, 1500).expect("a range");
+        let frames = shared.shared_frames(&[range]).expect("told");
+        assert_eq!(frames.iter().flatten().count(), 1499);
+    }
+
+    #[test]
+    fn a_frame_names_one_other_space_only() {
+        let same = |first, origin| Run {
+            range: PageRange::from_start_len(PageNumber(first), 1).expect("a page"),
+            kind: RunKind::Same(SpaceId(origin)),
+        };
+        let zero = |first| Run {
+            kind: RunKind::Zero,
+            ..same(first, 0)
+        };
+        let runs = [
+            zero(1),
+            same(2, 7),
+            zero(3),
+            same(4, 8),
+            same(6, 8),
+            zero(8),
+            same(9, 7),
+        ];
+        let lengths: Vec<usize> = in_frames(&runs).iter().map(|runs| runs.len()).collect();
+        assert_eq!(lengths, [3, 3, 1]);
+        let many: Vec<Run> = (0..600).map(|index| zero(2 * index)).collect();
+        let lengths: Vec<usize> = in_frames(&many).iter().map(|runs| runs.len()).collect();
+        assert_eq!(lengths, [256, 256, 88]);
     }
 
     #[test]

@@ -286,7 +286,7 @@ mod tests {
                 RunContent::Data => (pages.start().0..pages.end().0)
                     .flat_map(|page| vec![page as u8; 4096])
                     .collect(),
-                RunContent::Zero | RunContent::Owed => Vec::new(),
+                RunContent::Zero | RunContent::Owed | RunContent::Same(_) => Vec::new(),
             };
             store
                 .place(SPACE, &[PageRun { pages, content }], &payload)

@@ -86,6 +86,18 @@ pub enum PageStoreError {
         /// What came.
         range: PageRange,
     },
+    /// Pages were said to be another space's, which does not have them.
+    #[error(
+        "{range} of {space:?} is said to be what {origin:?} has there, and that is not all known"
+    )]
+    NoOrigin {
+        /// The space.
+        space: SpaceId,
+        /// Where the pages were to be taken from.
+        origin: SpaceId,
+        /// Which.
+        range: PageRange,
+    },
     /// The buffer does not have the size of the range to read.
     #[error("a buffer of {actual} bytes cannot take {range}")]
     BufferLength {
@@ -124,6 +136,8 @@ pub enum RunContent {
     Zero,
     /// Not known yet, it comes later; nothing of it is in the payload.
     Owed,
+    /// What the same pages of this other space hold as data; nothing of it is in the payload.
+    Same(SpaceId),
 }
 
 /// Consecutive pages with contents of one kind.
@@ -219,6 +233,7 @@ impl PageStore {
                     known.owed.remove(run.pages);
                     known.received.insert(run.pages);
                 }
+                RunContent::Same(origin) => self.place_same(&space, origin, run.pages)?,
                 RunContent::Owed => {
                     self.forget_data(&space, run.pages)?;
                     let mut known = space.known();
@@ -375,13 +390,13 @@ impl PageStore {
         runs: &[PageRun],
         payload: &[u8],
     ) -> Result<Vec<PageRange>, PageStoreError> {
-        let mut arrived = Vec::new();
+        let mut arrived = PageSet::new();
         let mut payload = payload;
         for run in runs {
             let is_data = match run.content {
                 RunContent::Data => true,
                 RunContent::Zero => false,
-                RunContent::Owed => {
+                RunContent::Owed | RunContent::Same(_) => {
                     return Err(PageStoreError::NotOwed {
                         space: space.id,
                         range: run.pages,
@@ -424,9 +439,11 @@ impl PageStore {
                 known.claimed.remove(claim);
                 known.owed.remove(claim);
             }
-            arrived.extend(claims);
+            for claim in claims {
+                arrived.insert(claim);
+            }
         }
-        Ok(arrived)
+        Ok(arrived.iter().collect())
     }
 
     fn place_data(
@@ -465,6 +482,35 @@ impl PageStore {
         Ok(())
     }
 
+    /// Places what `origin` has of `range`. Both spaces' copies of a page come from one stream, so it is what the source
+    /// means: the caller places the frames of a stream one after another.
+    fn place_same(
+        &self,
+        space: &Space,
+        origin: SpaceId,
+        range: PageRange,
+    ) -> Result<(), PageStoreError> {
+        let there = self.space(origin).ok().filter(|there| {
+            let known = there.known();
+            let data = known.data.intersecting(range);
+            data.iter().map(|run| run.pages()).sum::<u64>() == range.pages()
+        });
+        let Some(there) = there else {
+            return Err(PageStoreError::NoOrigin {
+                space: space.id,
+                origin,
+                range,
+            });
+        };
+        // At most a frame's pages: this much could have come as data.
+        let mut bytes = vec![0; range.bytes() as usize];
+        there
+            .memfd
+            .read_exact_at(&mut bytes, range.start().addr().0)
+            .map_err(|source| there.failed("reading pages for another space", source))?;
+        self.place_data(space, range, &bytes)
+    }
+
     /// Makes `range` a hole.
     fn forget_data(&self, space: &Space, range: PageRange) -> Result<(), PageStoreError> {
         let had_data = space.known().data.intersecting(range);
@@ -499,6 +545,28 @@ impl PageStore {
             .get(&id)
             .cloned()
             .ok_or(PageStoreError::UnknownSpace(id))
+    }
+
+    /// Takes a space over from a store whose process died: its memfd, and the pages that were owed to it.
+    pub fn adopt(&self, id: SpaceId, memfd: OwnedFd, owed: PageSet) -> Result<(), PageStoreError> {
+        let mut spaces = self.spaces.write().unwrap_or_else(PoisonError::into_inner);
+        if spaces.len() >= self.limits.spaces {
+            return Err(PageStoreError::TooManySpaces {
+                space: id,
+                limit: self.limits.spaces,
+            });
+        }
+        let known = Known {
+            owed,
+            ..Known::default()
+        };
+        let space = Space {
+            id,
+            memfd: memfd.into(),
+            known: Mutex::new(known),
+        };
+        spaces.insert(id, Arc::new(space));
+        Ok(())
     }
 
     fn space_or_new(&self, id: SpaceId) -> Result<Arc<Space>, PageStoreError> {
@@ -689,6 +757,39 @@ mod tests {
         assert_eq!(store.missing(SpaceId(77), &wanted), wanted);
     }
 
+    #[test]
+    fn pages_of_another_space_are_copied_and_refused_if_it_does_not_have_them_all() {
+        let store = store();
+        let other = SpaceId(9);
+        let same = |start, pages, origin| PageRun {
+            pages: range(start, pages),
+            content: RunContent::Same(origin),
+        };
+        store
+            .place(other, &[data(4, 4), zero(8, 1)], &filled(7, 4))
+            .expect("placed");
+        store
+            .place(SPACE, &[data(2, 3), same(5, 2, other)], &filled(3, 3))
+            .expect("placed");
+        let bytes: Vec<u8> = (2..7).map(|page| first_byte(&store, page)).collect();
+        assert_eq!(bytes, [3, 3, 3, 7, 7]);
+        assert_eq!(store.received(SPACE), PageSet::from_iter([range(2, 5)]));
+        // A copy: what comes for the other space later does not change it.
+        store
+            .place(other, &[data(5, 1)], &filled(8, 1))
+            .expect("placed");
+        assert_eq!(first_byte(&store, 5), 7);
+
+        for (start, pages, origin) in [(3, 2, other), (7, 2, other), (4, 1, SpaceId(77))] {
+            let refused = store.place(SPACE, &[same(start, pages, origin)], &[]);
+            assert!(
+                matches!(refused, Err(PageStoreError::NoOrigin { .. })),
+                "{refused:?}"
+            );
+        }
+        assert_eq!(store.received(SPACE), PageSet::from_iter([range(2, 5)]));
+    }
+
     fn owed(start: u64, pages: u64) -> PageRun {
         PageRun {
             pages: range(start, pages),
@@ -746,7 +847,7 @@ mod tests {
         let record = arrivals.try_clone().expect("a handle");
         store.track(SPACE, arrivals).expect("tracked");
         let came = store.place(SPACE, &[data(3, 2), zero(5, 1)], &filled(4, 2));
-        assert_eq!(came.expect("placed"), [range(3, 2), range(5, 1)]);
+        assert_eq!(came.expect("placed"), [range(3, 3)]);
         assert_eq!(record.among(range(0, 20)).expect("read"), [range(3, 3)]);
         // The pager has taken page 3 meanwhile. A late copy must not fill it again.
         punch(store.memfd(SPACE).expect("a memfd"), range(3, 1)).expect("punched");

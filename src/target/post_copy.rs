@@ -32,7 +32,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use thiserror::Error;
-use tokio::io::{Interest, Ready};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
@@ -237,11 +236,13 @@ impl PostCopy {
         );
         let runtime = connection.runtime().clone();
         let task = runtime.spawn(async move {
+            let mut session = Session::new(&books);
             let taken = tokio::select! {
-                taken = take_in(&books, &connection) => taken,
+                taken = session.take_in(&connection) => taken,
                 () = stopped.notified() => Err(PostCopyError::Stopped),
             };
             if let Err(error) = &taken {
+                // Before the session's streams are dropped, which would end them as if all were well.
                 connection.close(error.as_peer_error());
             }
             taken
@@ -324,6 +325,7 @@ impl Books {
                     RunKind::Data => RunContent::Data,
                     RunKind::Zero => RunContent::Zero,
                     RunKind::Owed => RunContent::Owed,
+                    RunKind::Same(origin) => RunContent::Same(origin),
                 },
             })
             .collect();
@@ -426,85 +428,90 @@ struct Session<'a> {
     confirmed: u64,
     ask_again: bool,
     readers: JoinSet<Result<(), PostCopyError>>,
-    /// Where placing threads end.
+    /// How placing threads end.
+    placed: mpsc::UnboundedReceiver<Result<(), PostCopyError>>,
     placers: mpsc::UnboundedSender<Result<(), PostCopyError>>,
     placing: usize,
 }
 
-/// Takes pages in until all have arrived and the source has heard of it.
-async fn take_in(books: &Arc<Books>, connection: &Connection) -> Result<(), PostCopyError> {
-    let line = books.line.as_fd().try_clone_to_owned();
-    let line = line
-        .and_then(readiness::watch)
-        .map_err(PostCopyError::Line)?;
-    let (placers, mut placed) = mpsc::unbounded_channel();
-    let mut session = Session {
-        books,
-        streams: BTreeMap::new(),
-        received: Arc::default(),
-        confirmed: 0,
-        ask_again: true,
-        readers: JoinSet::new(),
-        placers,
-        placing: 0,
-    };
-    let mut accepted_faults = 0;
-    let mut accepted_pages = 0;
-    let mut pager_is_full = false;
-    // News of an earlier connection's time.
-    books.news.notify_one();
-    loop {
-        let talking = session.streams.contains_key(&0);
-        tokio::select! {
-            faults = connection.accept_faults() => {
-                accepted_faults += 1;
-                if accepted_faults > MAX_STREAMS {
-                    return Err(PostCopyError::TooManyStreams);
+impl<'a> Session<'a> {
+    fn new(books: &'a Arc<Books>) -> Session<'a> {
+        let (placers, placed) = mpsc::unbounded_channel();
+        Session {
+            books,
+            streams: BTreeMap::new(),
+            received: Arc::default(),
+            confirmed: 0,
+            ask_again: true,
+            readers: JoinSet::new(),
+            placed,
+            placers,
+            placing: 0,
+        }
+    }
+
+    /// Takes pages in until all have arrived and the source has heard of it.
+    async fn take_in(&mut self, connection: &Connection) -> Result<(), PostCopyError> {
+        let line = self.books.line.as_fd().try_clone_to_owned();
+        let line = line
+            .and_then(readiness::watch)
+            .map_err(PostCopyError::Line)?;
+        let mut accepted_faults = 0;
+        let mut accepted_pages = 0;
+        let mut pager_is_full = false;
+        // News of an earlier connection's time.
+        self.books.news.notify_one();
+        loop {
+            let talking = self.streams.contains_key(&0);
+            tokio::select! {
+                faults = connection.accept_faults() => {
+                    accepted_faults += 1;
+                    if accepted_faults > MAX_STREAMS {
+                        return Err(PostCopyError::TooManyStreams);
+                    }
+                    let (requests, pages) = faults?;
+                    self.add_faults(requests, pages).await?;
                 }
-                let (requests, pages) = faults?;
-                session.add_faults(requests, pages).await?;
-            }
-            pages = connection.accept_pages() => {
-                accepted_pages += 1;
-                if accepted_pages > MAX_STREAMS {
-                    return Err(PostCopyError::TooManyStreams);
+                pages = connection.accept_pages() => {
+                    accepted_pages += 1;
+                    if accepted_pages > MAX_STREAMS {
+                        return Err(PostCopyError::TooManyStreams);
+                    }
+                    self.add_pages(pages?)?;
                 }
-                session.add_pages(pages?)?;
-            }
-            ready = line.ready(Interest::READABLE), if talking => {
-                let mut ready = ready.map_err(PostCopyError::Line)?;
-                if session.hear_pager().await? {
-                    ready.clear_ready_matching(Ready::READABLE);
+                ready = line.readable(), if talking => {
+                    let mut ready = ready.map_err(PostCopyError::Line)?;
+                    if self.hear_pager().await? {
+                        ready.clear_ready();
+                    }
                 }
-            }
-            ready = line.ready(Interest::WRITABLE), if pager_is_full => {
-                let mut ready = ready.map_err(PostCopyError::Line)?;
-                pager_is_full = !session.tell_pager()?;
-                if pager_is_full {
-                    ready.clear_ready_matching(Ready::WRITABLE);
+                ready = line.writable(), if pager_is_full => {
+                    let mut ready = ready.map_err(PostCopyError::Line)?;
+                    pager_is_full = !self.tell_pager()?;
+                    if pager_is_full {
+                        ready.clear_ready();
+                    }
                 }
-            }
-            () = books.news.notified() => {
-                pager_is_full = !session.tell_pager()?;
-                if talking && session.tell_source().await? {
-                    return session.end(&mut placed).await;
+                () = self.books.news.notified() => {
+                    pager_is_full = !self.tell_pager()?;
+                    if talking && self.tell_source().await? {
+                        return self.end().await;
+                    }
                 }
-            }
-            Some(ended) = session.readers.join_next() => {
-                // A reader does not panic, and nobody cancels it.
-                ended.unwrap_or(Err(TransportError::StreamEnded.into()))?;
-                session.ended_early()?;
-            }
-            Some(ended) = placed.recv() => {
-                session.placing -= 1;
-                ended?;
-                session.ended_early()?;
+                Some(ended) = self.readers.join_next() => {
+                    // A reader does not panic, and nobody cancels it.
+                    ended.unwrap_or(Err(TransportError::StreamEnded.into()))?;
+                    self.ended_early()?;
+                }
+                Some(ended) = self.placed.recv() => {
+                    self.placing -= 1;
+                    ended?;
+                    self.ended_early()?;
+                }
             }
         }
     }
-}
 
-impl Session<'_> {
     /// Begins to read answers from a fault stream; the first one is told what is missing.
     async fn add_faults(
         &mut self,
@@ -616,16 +623,13 @@ impl Session<'_> {
     }
 
     /// All has arrived: the source is given time to end its streams. What goes wrong now does not matter.
-    async fn end(
-        mut self,
-        placed: &mut mpsc::UnboundedReceiver<Result<(), PostCopyError>>,
-    ) -> Result<(), PostCopyError> {
+    async fn end(&mut self) -> Result<(), PostCopyError> {
         for (requests, _) in self.streams.values_mut() {
             let _ = requests.finish();
         }
         let ended = async {
             while self.readers.join_next().await.is_some() {}
-            while self.placing > 0 && placed.recv().await.is_some() {
+            while self.placing > 0 && self.placed.recv().await.is_some() {
                 self.placing -= 1;
             }
         };

@@ -212,6 +212,7 @@ fn place(mut inbox: PageInbox, store: &PageStore, shared: &Shared) -> Result<(),
                 RunKind::Data => RunContent::Data,
                 RunKind::Zero => RunContent::Zero,
                 RunKind::Owed => RunContent::Owed,
+                RunKind::Same(origin) => RunContent::Same(origin),
             },
         }));
         store.place(frame.space(), &runs, payload)?;

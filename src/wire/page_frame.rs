@@ -2,21 +2,25 @@
 //!
 //! ```text
 //!  0       4       8       9          10          12        16            20         24           40
-//!  | magic | space | codec | reserved | run count | raw len | payload len | reserved | xxh3-128   |
-//!  | MPGF  | u32   | u8    | u8 = 0   | u16       | u32     | u32         | u32 = 0  | u128       |
+//!  | magic | space | codec | reserved | run count | raw len | payload len | origin   | xxh3-128   |
+//!  | MPGF  | u32   | u8    | u8 = 0   | u16       | u32     | u32         | u32      | u128       |
 //!
 //!  then `run count` times:                             then `payload len` bytes:
 //!  | first page | pages | kind             |           the data pages of all runs in order,
 //!  | u64        | u32   | u32: 0 data      |           encoded with the codec as one block
 //!  |            |       | 1 zero 2 owed    |
+//!  |            |       | 3 same           |
 //! ```
 //!
 //! All integers are little-endian. A zero run says that its pages hold only zeros; it has no bytes in the payload. An owed
 //! run says that its pages exist and that their content comes later: an older copy is worth nothing. It has no bytes
 //! either, and its pages do not count among the 256: what a container owes at the freeze is said in few frames.
+//! A same run says that its pages hold what the pages of the same numbers in the *origin* hold, another space, by what came
+//! earlier on the same stream: pages that forked processes share cross once. It has no bytes either. A frame has one
+//! origin, 0 if it has no same run.
 //! Runs are in order of address and share no page. The raw length is the number of data pages times 4096. The payload
 //! is never longer than that: what does not shrink is sent as it is. The hash covers the runs as sent and the raw
-//! payload, seeded with the space, so that bytes cannot end up at another place than they were read from.
+//! payload, seeded with space and origin, so that bytes cannot end up at another place than they were read from.
 //!
 //! A frame is read in two steps, so that nothing is allocated for a header that lies: [`Header::decode`] gives the
 //! length of the rest (at most [`MAX_REST`]), [`Frame::decode`] reads it, [`Frame::raw`] decompresses and verifies.
@@ -63,7 +67,7 @@ struct RawHeader {
     run_count: U16,
     raw_len: U32,
     payload_len: U32,
-    reserved: U32,
+    origin: U32,
     hash: U128,
 }
 
@@ -77,14 +81,26 @@ struct RawRun {
 
 /// What a run's pages hold.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-#[repr(u32)]
 pub enum RunKind {
     /// Bytes, in the payload.
-    Data = 0,
+    Data,
     /// Only zeros.
-    Zero = 1,
+    Zero,
     /// Not known here yet: it comes later, and what came before is no longer true.
-    Owed = 2,
+    Owed,
+    /// What the same pages of this other space hold by what came before on the stream.
+    Same(SpaceId),
+}
+
+impl RunKind {
+    fn number(self) -> u32 {
+        match self {
+            RunKind::Data => 0,
+            RunKind::Zero => 1,
+            RunKind::Owed => 2,
+            RunKind::Same(_) => 3,
+        }
+    }
 }
 
 /// Consecutive pages of one kind.
@@ -101,7 +117,7 @@ impl Run {
     pub fn raw_len(&self) -> usize {
         match self.kind {
             RunKind::Data => self.range.bytes() as usize,
-            RunKind::Zero | RunKind::Owed => 0,
+            RunKind::Zero | RunKind::Owed | RunKind::Same(_) => 0,
         }
     }
 }
@@ -160,6 +176,16 @@ pub enum FrameError {
     /// More owed pages than [`MAX_OWED`].
     #[error("a page frame calls more than {MAX_OWED} pages owed")]
     OwedCount,
+    /// An origin without a run that needs one, or two of them, or the space itself.
+    #[error(
+        "a page frame of space {space} has the origin {origin}, which its runs cannot refer to"
+    )]
+    Origin {
+        /// The frame's space.
+        space: u32,
+        /// The origin.
+        origin: u32,
+    },
     /// The data pages of the runs are not the raw length.
     #[error("a page frame claims {claimed} raw bytes, its runs have {runs}")]
     RunBytes {
@@ -232,16 +258,17 @@ impl FrameEncoder {
         }
         check_run_count(runs.len())?;
         check_runs(runs, raw.len())?;
+        let origin = origin_of(space, runs)?;
         let raw_runs: Vec<RawRun> = runs
             .iter()
             .map(|run| RawRun {
                 first: run.range.start().0.into(),
                 pages: (run.range.pages() as u32).into(),
-                kind: (run.kind as u32).into(),
+                kind: run.kind.number().into(),
             })
             .collect();
         let run_bytes = raw_runs.as_slice().as_bytes();
-        let hash = content_hash(space, run_bytes, &raw);
+        let hash = content_hash(space, origin, run_bytes, &raw);
         let raw_len = raw.len();
         let (codec, payload) = match self.compressors.compress(codec, &raw) {
             Some(smaller) => (codec, smaller),
@@ -255,7 +282,7 @@ impl FrameEncoder {
             run_count: (runs.len() as u16).into(),
             raw_len: (raw_len as u32).into(),
             payload_len: (payload.len() as u32).into(),
-            reserved: 0.into(),
+            origin: origin.0.into(),
             hash: hash.into(),
         };
         let mut head = BytesMut::with_capacity(HEADER_LEN + run_bytes.len());
@@ -273,6 +300,7 @@ impl FrameEncoder {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Header {
     space: SpaceId,
+    origin: SpaceId,
     codec: Codec,
     run_count: usize,
     raw_len: usize,
@@ -289,11 +317,12 @@ impl Header {
             return Err(FrameError::Magic(raw.magic.get()));
         }
         let codec = Codec::from_number(raw.codec).ok_or(FrameError::Codec(raw.codec))?;
-        if raw.reserved_codec != 0 || raw.reserved.get() != 0 {
+        if raw.reserved_codec != 0 {
             return Err(FrameError::Reserved);
         }
         let header = Header {
             space: SpaceId(raw.space.get()),
+            origin: SpaceId(raw.origin.get()),
             codec,
             run_count: usize::from(raw.run_count.get()),
             raw_len: raw.raw_len.get() as usize,
@@ -316,6 +345,13 @@ impl Header {
             });
         }
         Ok(header)
+    }
+
+    fn wrong_origin(&self) -> FrameError {
+        FrameError::Origin {
+            space: self.space.0,
+            origin: self.origin.0,
+        }
     }
 
     /// Bytes that follow the header, at most [`MAX_REST`].
@@ -347,9 +383,12 @@ impl Frame {
             .expect("runs have no alignment and divide evenly");
         let runs = raw_runs
             .iter()
-            .map(decode_run)
+            .map(|run| decode_run(run, header.origin))
             .collect::<Result<Vec<Run>, FrameError>>()?;
         check_runs(&runs, header.raw_len)?;
+        if origin_of(header.space, &runs)? != header.origin {
+            return Err(header.wrong_origin());
+        }
         Ok(Frame { header, runs, rest })
     }
 
@@ -391,14 +430,15 @@ impl Frame {
                 .decompress(codec, payload, self.header.raw_len)
                 .ok_or(FrameError::Decompress(self.header.raw_len))?,
         };
-        if content_hash(self.header.space, run_bytes, raw) != self.header.hash {
+        let hash = content_hash(self.header.space, self.header.origin, run_bytes, raw);
+        if hash != self.header.hash {
             return Err(FrameError::Hash);
         }
         Ok(raw)
     }
 }
 
-fn decode_run(raw: &RawRun) -> Result<Run, FrameError> {
+fn decode_run(raw: &RawRun, origin: SpaceId) -> Result<Run, FrameError> {
     let (first, pages) = (raw.first.get(), raw.pages.get());
     let range = PageRange::from_start_len(PageNumber(first), u64::from(pages))
         .ok_or(FrameError::Run { first, pages })?;
@@ -406,9 +446,27 @@ fn decode_run(raw: &RawRun) -> Result<Run, FrameError> {
         0 => RunKind::Data,
         1 => RunKind::Zero,
         2 => RunKind::Owed,
+        3 => RunKind::Same(origin),
         unknown => return Err(FrameError::RunKind(unknown)),
     };
     Ok(Run { range, kind })
+}
+
+/// The space that same runs of a frame of `space` refer to, 0 if there are none.
+fn origin_of(space: SpaceId, runs: &[Run]) -> Result<SpaceId, FrameError> {
+    let mut found = None;
+    for run in runs {
+        let RunKind::Same(origin) = run.kind else {
+            continue;
+        };
+        if origin == space || *found.get_or_insert(origin) != origin {
+            return Err(FrameError::Origin {
+                space: space.0,
+                origin: origin.0,
+            });
+        }
+    }
+    Ok(found.unwrap_or(SpaceId(0)))
 }
 
 fn check_run_count(count: usize) -> Result<(), FrameError> {
@@ -430,7 +488,7 @@ fn check_runs(runs: &[Run], raw_len: usize) -> Result<(), FrameError> {
         }
         free_from = run.range.end().0;
         match run.kind {
-            RunKind::Data | RunKind::Zero => pages += run.range.pages(),
+            RunKind::Data | RunKind::Zero | RunKind::Same(_) => pages += run.range.pages(),
             RunKind::Owed => owed += run.range.pages(),
         }
         if pages > MAX_PAGES {
@@ -451,8 +509,8 @@ fn check_runs(runs: &[Run], raw_len: usize) -> Result<(), FrameError> {
     }
 }
 
-fn content_hash(space: SpaceId, run_bytes: &[u8], raw: &[u8]) -> u128 {
-    let mut hash = Xxh3::with_seed(u64::from(space.0));
+fn content_hash(space: SpaceId, origin: SpaceId, run_bytes: &[u8], raw: &[u8]) -> u128 {
+    let mut hash = Xxh3::with_seed(u64::from(space.0) | u64::from(origin.0) << 32);
     hash.update(run_bytes);
     hash.update(raw);
     hash.digest128()

@@ -15,7 +15,7 @@
 //! # Versions
 //!
 //! - 1: the first: control messages, page frames, file frames, root filesystem streams.
-//! - 2: post-copy: owed runs in page frames, and what is said on fault streams.
+//! - 2: post-copy: owed runs in page frames, and what is said on fault streams. Same runs in page frames.
 
 use std::fmt;
 use thiserror::Error;

@@ -25,7 +25,8 @@ pub struct Gap {
 pub fn gaps(log: &[Value]) -> Vec<Gap> {
     log.iter()
         .filter_map(|line| {
-            let lasted_ms = line["gap_ms"].as_f64()?;
+            // By the real time: the monotonic clock stands still between dump and restore.
+            let lasted_ms = line["gap_realtime_ms"].as_f64()?;
             Some(Gap {
                 began: line["t"].as_f64()? - lasted_ms / 1000.0,
                 lasted_ms,

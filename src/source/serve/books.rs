@@ -87,7 +87,7 @@ impl Books {
             if pages.is_empty() {
                 continue;
             }
-            let memory = ProcessMemory::open(pid).map_err(|source| (pid, source))?;
+            let memory = ProcessMemory::open_shared(pid).map_err(|source| (pid, source))?;
             let owed = spaces.entry(space).or_insert_with(|| Owed {
                 memory: Arc::new(memory),
                 all: PageSet::new(),

@@ -31,6 +31,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 /// The socket for an agent that adopts a pager, in the parent of CRIU's work directory.
 pub const SUPPLY_SOCKET: &str = "supply.sock";
 
+/// The mark of a pager that has brought every page to its place, beside [`SUPPLY_SOCKET`].
+pub const DONE_MARK: &str = "pager-done";
+
 /// The record of a container that was frozen because nobody brought its pages, beside [`SUPPLY_SOCKET`].
 pub const STALL_RECORD: &str = "pager-stalled.json";
 
@@ -206,9 +209,13 @@ impl Provision {
             .ok()
     }
 
-    /// Removes what lies about: nobody waits any more.
+    /// Removes what lies about: nobody waits any more. An agent that comes back finds no pager, and must not take that for
+    /// one that died.
     pub fn finish(&mut self) {
         if self.post_copy {
+            if let Err(error) = File::create(self.directory.join(DONE_MARK)) {
+                tracing::warn!("the mark of a pager that is done: {error}");
+            }
             self.clear();
         }
     }

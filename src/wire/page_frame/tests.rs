@@ -268,11 +268,33 @@ fn a_header_that_lies_is_refused_before_anything_is_allocated() {
     let mut bytes = Lie::new().bytes();
     bytes[9] = 1;
     assert_eq!(receive(&bytes), Err(FrameError::Reserved));
-    bytes[9] = 0;
-    bytes[20] = 1;
-    assert_eq!(receive(&bytes), Err(FrameError::Reserved));
     bytes[0] = 0;
     assert!(matches!(receive(&bytes), Err(FrameError::Magic(_))));
+}
+
+#[test]
+fn a_frame_names_the_one_space_that_its_same_pages_are_taken_from() {
+    let same = |first, space| run(first, 2, RunKind::Same(SpaceId(space)));
+    let runs = [same(16, 7), run(18, 1, RunKind::Data), same(19, 7)];
+    let frame = encode(&runs, text(1), Codec::None).expect("encodes");
+    assert_eq!(frame.head[20..24], [7, 0, 0, 0]);
+    assert_eq!(frame.head[HEADER_LEN + 12], 3);
+    let bytes = frame.to_bytes();
+    assert_eq!(decode(&bytes).expect("decodes").runs(), runs);
+    let mut other_origin = bytes.to_vec();
+    other_origin[20] = 8;
+    assert_eq!(receive(&other_origin), Err(FrameError::Hash));
+
+    let error = |origin| FrameError::Origin { space: 3, origin };
+    let mut itself = bytes.to_vec();
+    itself[20] = 3;
+    assert_eq!(receive(&itself), Err(error(3)));
+    let mut unused = Lie::new().bytes();
+    unused[20] = 8;
+    assert_eq!(receive(&unused), Err(error(8)));
+    let two = [same(16, 7), same(18, 8)];
+    let refused = encode(&two, Bytes::new(), Codec::None);
+    assert_eq!(refused.expect_err("two origins"), error(8));
 }
 
 #[test]
@@ -291,8 +313,8 @@ fn runs_that_lie_are_refused() {
         );
     }
     assert_eq!(
-        Lie::error(|l| l.runs = vec![(16, 1, 3)]),
-        FrameError::RunKind(3)
+        Lie::error(|l| l.runs = vec![(16, 1, 4)]),
+        FrameError::RunKind(4)
     );
     assert_eq!(
         Lie::error(|l| l.runs = vec![(16, 2, 0)]),
@@ -385,14 +407,15 @@ fn pages_moved_to_another_place_do_not_match_the_hash() {
 
 prop_compose! {
     /// Valid runs: gaps and lengths, with a kind each.
-    fn any_runs()(parts in prop::collection::vec((0u64..3, 1u64..8, 0usize..3), 1..30), base in 0u64..1 << 40) -> Vec<Run> {
+    fn any_runs()(parts in prop::collection::vec((0u64..3, 1u64..8, 0usize..4), 1..30), base in 0u64..1 << 40) -> Vec<Run> {
         let mut next = base;
         parts
             .into_iter()
             .map(|(gap, pages, kind)| {
                 let first = next + gap;
                 next = first + pages;
-                run(first, pages, [RunKind::Data, RunKind::Zero, RunKind::Owed][kind])
+                let kinds = [RunKind::Data, RunKind::Zero, RunKind::Owed, RunKind::Same(SpaceId(9))];
+                run(first, pages, kinds[kind])
             })
             .collect()
     }

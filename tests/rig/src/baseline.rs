@@ -177,23 +177,28 @@ const LOOPBACK_UP: &str = r#"#!/bin/sh
 /// Runs runc, and when CRIU fails says what CRIU said.
 fn run_criu(host: &Host, arguments: &[&str], log: &str) -> Result<()> {
     let _configured = Configured::new(host)?;
-    host.run("runc", arguments).map(drop).map_err(|why| {
-        let said = std::fs::read_to_string(host.path(log)).unwrap_or_default();
-        let complaints: Vec<_> = said
-            .lines()
-            .filter(|line| line.contains("Error") || line.contains("Warn"))
-            .collect();
-        why.context(format!("CRIU said:\n{}", complaints.join("\n")))
-    })
+    host.run("runc", arguments)
+        .map(drop)
+        .map_err(|why| why.context(criu_complaints(host, log)))
+}
+
+/// What CRIU complained of in a log of its own.
+pub(crate) fn criu_complaints(host: &Host, log: &str) -> String {
+    let said = std::fs::read_to_string(host.path(log)).unwrap_or_default();
+    let complaints: Vec<_> = said
+        .lines()
+        .filter(|line| line.contains("Error") || line.contains("Warn"))
+        .collect();
+    format!("CRIU said:\n{}", complaints.join("\n"))
 }
 
 /// CRIU's configuration on a host, there for one call only: a host under test must not be prepared for CRIU in any way.
-struct Configured {
+pub(crate) struct Configured {
     directory: PathBuf,
 }
 
 impl Configured {
-    fn new(host: &Host) -> Result<Configured> {
+    pub(crate) fn new(host: &Host) -> Result<Configured> {
         let configured = Configured {
             directory: host.path("/etc/criu"),
         };

@@ -25,6 +25,36 @@ pub fn cpu_seconds(host: &Host) -> Result<f64> {
     Ok(field(&stat, "usage_usec").context("cpu.stat has no usage_usec")? as f64 / 1e6)
 }
 
+/// The memory of a container on a host, as its cgroup counts it.
+pub struct ContainerMemory {
+    stat: PathBuf,
+}
+
+impl Host {
+    /// Finds it; it is there as long as the container is.
+    pub fn container_memory(&self, id: &str) -> Result<ContainerMemory> {
+        let stat = cgroup_file(self, id, "memory.stat")?;
+        Ok(ContainerMemory { stat })
+    }
+}
+
+impl ContainerMemory {
+    /// Bytes held privately and in shared memory, each page once. The page cache of files is not counted.
+    pub fn bytes(&self) -> Result<u64> {
+        held_bytes(&self.stat)
+    }
+
+    /// The container's processes.
+    pub fn processes(&self) -> Result<Vec<i32>> {
+        let procs = self.stat.with_file_name("cgroup.procs");
+        let text =
+            fs::read_to_string(&procs).with_context(|| format!("reading {}", procs.display()))?;
+        text.lines()
+            .map(|pid| pid.parse().context("a process id"))
+            .collect()
+    }
+}
+
 /// Samples the memory of a host's own processes until it is asked for the peak.
 ///
 /// Counted is what they hold privately and in shared memory such as memfds and tmpfs. The page cache of files is not.
@@ -80,11 +110,15 @@ impl Drop for PeakMemory {
 
 /// A file of the cgroup of the host's own processes.
 fn own_file(host: &Host, name: &str) -> Result<PathBuf> {
+    cgroup_file(host, "rig", name)
+}
+
+fn cgroup_file(host: &Host, cgroup: &str, name: &str) -> Result<PathBuf> {
     host.cgroups()?
         .into_iter()
-        .map(|cgroup| cgroup.join("rig").join(name))
+        .map(|root| root.join(cgroup).join(name))
         .find(|file| file.exists())
-        .with_context(|| format!("host {} has no cgroup with {name}", host.name()))
+        .with_context(|| format!("host {} has no cgroup {cgroup} with {name}", host.name()))
 }
 
 fn held_bytes(stat: &PathBuf) -> Result<u64> {

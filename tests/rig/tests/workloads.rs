@@ -53,6 +53,15 @@ fn redis_and_its_connection_survive_being_moved() -> Result<()> {
 }
 
 #[test]
+fn a_prefork_server_survives_being_moved() -> Result<()> {
+    let workload = Workload::new("prefork", ["--table-mib=16", "--workers=3"]);
+    let (before, after) = moved_plainly("prefork", &workload)?;
+    assert_whole(&before, &after);
+    assert_eq!(after.more["pages"], 4096 + 3 * (4096 + 1024));
+    Ok(())
+}
+
+#[test]
 fn changing_files_survive_being_moved() -> Result<()> {
     let (before, after) = moved_plainly("files", &Workload::file_mutator())?;
     assert_whole(&before, &after);
