@@ -50,6 +50,8 @@ pub struct Ledger {
     /// What the last scan found, but for the first, which found everything.
     dirty: Pages,
     hot: Pages,
+    /// What any scan but the first found, until the samples are over.
+    warm: Pages,
     samples: usize,
     /// Pages that the first scan found.
     all: u64,
@@ -104,16 +106,15 @@ impl Ledger {
         }
     }
 
-    /// The first pages that are not hot, or of all if there are no others.
+    /// The first pages that nobody has written to since the beginning, as far as there are any: which of the others are hot
+    /// is not known yet.
     fn sample(&mut self, most: u64) -> Round {
-        let held = self.held();
-        let mut cold = std::mem::take(&mut self.lacking);
-        subtract(&mut cold, &held);
-        let pages = take(&mut cold, most);
-        for (space, held) in held {
-            cold.entry(space).or_default().extend(&held);
-        }
-        self.lacking = cold;
+        let warm = intersection(&self.lacking, &self.warm);
+        subtract(&mut self.lacking, &warm);
+        let mut pages = take(&mut self.lacking, most);
+        let room = most - count(&pages);
+        extend(&mut self.lacking, &warm);
+        extend(&mut pages, &take(&mut self.lacking, room));
         Round {
             pages,
             sample: true,
@@ -123,8 +124,9 @@ impl Ledger {
     /// Enters the scan after a round. Spaces it does not know are gone.
     pub fn scanned(&mut self, dirty: Pages) -> Found {
         self.lacking.retain(|space, _| dirty.contains_key(space));
-        for (space, pages) in &dirty {
-            self.lacking.entry(*space).or_default().extend(pages);
+        extend(&mut self.lacking, &dirty);
+        if self.samples < SAMPLE_PARTS.len() {
+            extend(&mut self.warm, &dirty);
         }
         self.hot = intersection(&dirty, &self.dirty);
         self.dirty = dirty;
@@ -139,9 +141,7 @@ impl Ledger {
     /// Enters a scan that no round was before, as when something else was waited for: nothing is learnt of heat.
     pub fn found(&mut self, dirty: Pages) {
         self.lacking.retain(|space, _| dirty.contains_key(space));
-        for (space, pages) in dirty {
-            self.lacking.entry(space).or_default().extend(&pages);
-        }
+        extend(&mut self.lacking, &dirty);
     }
 
     /// Pages the target lacks.
@@ -168,6 +168,12 @@ impl Ledger {
 /// How many pages there are.
 pub fn count(pages: &Pages) -> u64 {
     pages.values().map(PageSet::pages).sum()
+}
+
+fn extend(pages: &mut Pages, others: &Pages) {
+    for (space, others) in others {
+        pages.entry(*space).or_default().extend(others);
+    }
 }
 
 fn subtract(pages: &mut Pages, others: &Pages) {
@@ -283,14 +289,14 @@ mod tests {
     #[test]
     fn a_large_container_is_sampled_before_the_rest_is_sent() {
         let mut ledger = Ledger::new(pages(&[(0, 32_000)]));
-        // The same pages are dirtied all the time. Those beyond the first sample wait from the third on.
+        // The same pages are dirtied all the time: once that is seen they wait.
         let hot = [(500, 1000)];
         let parts = [
             vec![(0, 1000)],
-            vec![(500, 1000)],
-            vec![(1500, 2000)],
-            vec![(3500, 4000)],
-            vec![(7500, 8000)],
+            vec![(1500, 1000)],
+            vec![(2500, 2000)],
+            vec![(4500, 4000)],
+            vec![(8500, 8000)],
         ];
         for part in parts {
             let sample = ledger.next_round();
@@ -300,8 +306,18 @@ mod tests {
         }
         let rest = ledger.next_round();
         assert!(!rest.sample);
-        assert_eq!(rest.pages, pages(&[(15_500, 16_500)]), "hot pages wait");
+        assert_eq!(rest.pages, pages(&[(16_500, 15_500)]), "hot pages wait");
         assert_eq!(ledger.into_lacking(), pages(&hot));
+    }
+
+    #[test]
+    fn where_everything_is_written_samples_are_taken_from_that() {
+        let all = [(0, 32_000)];
+        let mut ledger = Ledger::new(pages(&all));
+        for part in SAMPLE_PARTS {
+            assert_eq!(count(&ledger.next_round().pages), 32_000 / part);
+            assert_eq!(ledger.scanned(pages(&all)).lacking, 32_000);
+        }
     }
 
     #[test]

@@ -141,7 +141,7 @@ impl<S: FrameSink> Handover<'_, S> {
                 ..limits
             };
             let verdict = decide(self.mode, &seen, &limits);
-            tracing::debug!(round, ?found, ?verdict, "decided");
+            tracing::debug!(measured = ?measured.last(), memory, ?verdict, "decided");
             let report = RoundReport {
                 round,
                 sent,
