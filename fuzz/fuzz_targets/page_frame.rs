@@ -43,6 +43,7 @@ fn frames() -> Vec<Vec<u8>> {
         run(16, 1, RunKind::Data),
         run(17, 100, RunKind::Zero),
         run(200, 512, RunKind::Owed),
+        run(800, 7, RunKind::Same(SpaceId(2))),
         run(1 << 35, 2, RunKind::Data),
     ];
     let raw = |pages: u64| -> Bytes {

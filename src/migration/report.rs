@@ -174,7 +174,8 @@ pub struct Sent {
     pub data_pages: u64,
     /// Of those, all zero: sent as a mark.
     pub zero_pages: u64,
-    /// Of those, left out because the target has the same content already.
+    /// Of those, left out because the target has the same content already, of this page or of the other process's that
+    /// shares it.
     pub same_pages: u64,
     /// Bytes of the pages sent with content, before compression.
     pub bytes_raw: u64,
