@@ -202,7 +202,10 @@ impl Site {
         let host = |name: &str| -> Result<_> {
             let dir = keys.0.join(name);
             std::fs::create_dir_all(&dir)?;
-            Ok((Arc::new(Identity::load_or_create(&dir)?), TrustStore::in_dir(&dir)))
+            Ok((
+                Arc::new(Identity::load_or_create(&dir)?),
+                TrustStore::in_dir(&dir),
+            ))
         };
         let (near, far) = (host("source")?, host("target")?);
         near.1.add("target".parse()?, far.0.fingerprint())?;
@@ -210,7 +213,12 @@ impl Site {
         let source = TransportThread::spawn("source")?;
         let target = TransportThread::spawn("target")?;
         let listening = target.run(async move {
-            Listener::bind(([127, 0, 0, 1], 0).into(), far.0, far.1, Settings::default())
+            Listener::bind(
+                ([127, 0, 0, 1], 0).into(),
+                far.0,
+                far.1,
+                Settings::default(),
+            )
         });
         let listener = target.handle().block_on(listening)??;
         Ok(Site {
@@ -231,7 +239,9 @@ impl Site {
             }
         });
         let (connector, addr) = (self.connector.clone(), self.listener.local_addr()?);
-        let connecting = self.source.run(async move { connector.connect(addr).await });
+        let connecting = self
+            .source
+            .run(async move { connector.connect(addr).await });
         let from = self.source.handle().block_on(connecting)??;
         let to = self.target.handle().block_on(accepting)?;
         Ok((from, to.context("the listener is closed")??))
@@ -410,7 +420,8 @@ impl Pager {
             Heard::Nothing => return Ok(false),
             Heard::Message(SupplyMessage::Came { pages, .. }) => {
                 self.came.insert(pages);
-                let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                let flags =
+                    FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
                 let offset = pages.start().addr().0.cast_signed();
                 fallocate(&self.memfd, flags, offset, pages.bytes().cast_signed())?;
             }
