@@ -1,4 +1,4 @@
-//! Container runtimes: find a container, freeze it, adopt it.
+//! Container runtimes: find a container, freeze it, slow it, adopt it.
 
 pub mod cgroup;
 pub mod cpu_quota;

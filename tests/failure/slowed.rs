@@ -83,6 +83,22 @@ fn a_slowed_container_that_stays_has_its_own_quota_again() -> Result<()> {
 }
 
 #[test]
+fn a_slowed_container_whose_move_is_cancelled_has_its_own_quota_again() -> Result<()> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let stage = stage(&a, &b, 300)?;
+    let agent = stage.agent(&[HASTE])?;
+    let mut moving =
+        stage.start_move_with(&OPTIONS, &[HASTE, "MIGRATE_FAULT=source:Slowed:stop"])?;
+    wait_stopped(&mut moving)?;
+    ensure_slowed(&a)?;
+    moving.signal(Signal::SIGTERM)?;
+    moving.signal(Signal::SIGCONT)?;
+    stage.expect_exit(&mut moving, 4)?;
+    ensure!(quota(&a)? == OWN, "{}", quota(&a)?);
+    stage.expect_rolled_back(Some(&agent))
+}
+
+#[test]
 fn a_source_killed_with_the_container_slowed_is_survived_by_its_guard() -> Result<()> {
     let (a, b) = (Host::new("a")?, Host::new("b")?);
     let stage = stage(&a, &b, 300)?;
