@@ -15,7 +15,7 @@ mod lazy;
 mod page;
 mod record;
 
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -70,6 +70,9 @@ pub struct Options {
     /// Runs of each cell.
     #[arg(long, value_name = "N", default_value_t = 1)]
     runs: u32,
+    /// Go on where an interrupted benchmark was: keep what modes.jsonl has and measure only what is missing in it.
+    #[arg(long)]
+    resume: bool,
 }
 
 /// Who moves.
@@ -237,12 +240,25 @@ pub fn run(options: &Options) -> Result<bool> {
     std::fs::create_dir_all(&options.results)
         .with_context(|| format!("creating {}", options.results.display()))?;
     let lines = options.results.join("modes.jsonl");
-    let mut out = File::create(&lines).with_context(|| format!("creating {}", lines.display()))?;
+    let done = match options.resume {
+        true => record::read(&lines)?,
+        false => Vec::new(),
+    };
+    let mut out = OpenOptions::new()
+        .create(true)
+        .write(true)
+        .append(options.resume)
+        .truncate(!options.resume)
+        .open(&lines)
+        .with_context(|| format!("opening {}", lines.display()))?;
     let machine = Machine::read()?;
     let mut all_verified = true;
-    for cell in cells(options)? {
+    for cell in cells(options, &done)? {
         for run in 1..=options.runs {
             for &system in &options.systems {
+                if done.iter().any(|known| known.is_of(&cell, system, run)) {
+                    continue;
+                }
                 let load_before = machine::load()?;
                 let outcome = measure(&cell, system);
                 let record = Record::new(&machine, &cell, system, run, load_before, outcome);
@@ -260,7 +276,7 @@ pub fn run(options: &Options) -> Result<bool> {
     Ok(all_verified)
 }
 
-fn cells(options: &Options) -> Result<Vec<Cell>> {
+fn cells(options: &Options, done: &[Record]) -> Result<Vec<Cell>> {
     let times = match &options.rates {
         Some(times) => times.clone(),
         None if options.quick => vec![0.0, 4.0],
@@ -270,7 +286,10 @@ fn cells(options: &Options) -> Result<Vec<Cell>> {
     for &speed in &options.links {
         let link_mb_s = match speed.limit_mbit() {
             Some(mbit) => f64::from(mbit) / 8.0,
-            None => unshaped_mb_s()?,
+            None => match done.iter().find(|known| known.link == speed) {
+                Some(known) => known.link_mb_s,
+                None => unshaped_mb_s()?,
+            },
         };
         let cell = |load, times| Cell {
             speed,

@@ -4,21 +4,15 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
-use super::record::Record;
+use super::record::{self, Record};
 use super::{Load, System};
 use crate::record::Machine;
 
 /// Reads the lines of a results file and writes the page, as Markdown.
 pub fn write(lines: &Path, machine: &Machine) -> Result<String> {
-    let text =
-        std::fs::read_to_string(lines).with_context(|| format!("reading {}", lines.display()))?;
-    let records = text
-        .lines()
-        .map(serde_json::from_str)
-        .collect::<Result<Vec<Record>, _>>()
-        .with_context(|| format!("in {}", lines.display()))?;
+    let records = record::read(lines)?;
     let mut page = String::new();
     head(&mut page, machine)?;
     let cells = grouped(&records);

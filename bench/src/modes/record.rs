@@ -1,6 +1,8 @@
 //! The lines of `modes.jsonl`.
 
-use anyhow::Result;
+use std::path::Path;
+
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -70,7 +72,23 @@ pub struct Record {
     pub load_before: f64,
 }
 
+/// The lines of a results file.
+pub fn read(lines: &Path) -> Result<Vec<Record>> {
+    let text =
+        std::fs::read_to_string(lines).with_context(|| format!("reading {}", lines.display()))?;
+    text.lines()
+        .map(|line| serde_json::from_str(line).map_err(anyhow::Error::from))
+        .collect::<Result<_>>()
+        .with_context(|| format!("in {}", lines.display()))
+}
+
 impl Record {
+    /// Whether it is this run of this cell.
+    pub fn is_of(&self, cell: &Cell, system: System, run: u32) -> bool {
+        (self.link, self.workload, self.dirty_times_link) == (cell.speed, cell.load, cell.times)
+            && (self.system, self.run) == (system, run)
+    }
+
     /// Writes a run down, also one that failed.
     pub fn new(
         machine: &Machine,
