@@ -563,7 +563,8 @@ fn a_target_that_lies_is_found_out_and_an_honest_one_is_served_afterwards() {
     };
     let want = |space, pages| PageRequest::Want { space, pages };
     let mut server = scene.server();
-    let cases: Vec<(Vec<PageRequest>, fn(&ServeError) -> bool)> = vec![
+    type Case = (Vec<PageRequest>, fn(&ServeError) -> bool);
+    let cases: Vec<Case> = vec![
         (vec![want(space, pages(1000, 1))], |e| {
             matches!(e, ServeError::Breach(Breach::NotOwed { .. }))
         }),
@@ -630,7 +631,8 @@ fn a_source_that_sends_what_it_does_not_owe_is_found_out_and_an_honest_one_goes_
     let scene = Scene::new(&[1000]);
     let space = scene.holders[0].space();
     let (mut post_copy, mut pager) = scene.owing();
-    let cases: Vec<(SpaceId, PageRange, RunKind, fn(&PostCopyError) -> bool)> = vec![
+    type Case = (SpaceId, PageRange, RunKind, fn(&PostCopyError) -> bool);
+    let cases: Vec<Case> = vec![
         (space, pages(995, 6), RunKind::Data, |e| {
             matches!(e, PostCopyError::Store(PageStoreError::NotOwed { .. }))
         }),

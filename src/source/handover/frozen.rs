@@ -21,7 +21,7 @@ use crate::source::preflight;
 use crate::source::residue::{residue, take_lazy};
 use crate::source::rootfs::FileId;
 use crate::source::send::{FrameSink, PagesToSend, Progress, Sender};
-use crate::source::tracker::{Motion, SpaceScan, TrackerKind, unwatched};
+use crate::source::tracker::{Bystander, Motion, SpaceScan, Tracker, TrackerKind};
 use crate::wire::message::{ImageFile, Manifest, SpaceOwner};
 use crate::wire::path::RelativePath;
 use std::collections::{BTreeMap, BTreeSet};
@@ -74,12 +74,10 @@ impl<S: FrameSink> Handover<'_, S> {
             .as_ref()
             .is_some_and(|tracker| tracker.kind() == TrackerKind::UffdWp);
         if side_by_side {
-            let spaces = unwatched(&tasks).map_err(|error| text(&error))?;
+            let spaces = Bystander.scan(&tasks, Motion::Frozen);
+            let spaces = spaces.map_err(|error| text(&error))?;
             let claims: Vec<Claim> = spaces.iter().map(claim).collect();
             self.let_dump_look(&claims)?;
-        }
-        if self.tracker.is_none() && self.is_post_copy() {
-            self.scans = unwatched(&tasks).map_err(|error| text(&error))?;
         }
         if let Some(tracker) = &mut self.tracker {
             self.scans = tracker
@@ -277,7 +275,7 @@ impl<S: FrameSink> Handover<'_, S> {
             .map_err(|error| text(&error))?;
         self.start_service()?;
         self.mark(Mark::ImagesSent);
-        let dump = if self.tracker.is_some() || self.is_post_copy() {
+        let dump = if self.tracker.is_some() {
             DumpKind::Skeleton
         } else {
             DumpKind::Full

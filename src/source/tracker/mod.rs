@@ -34,10 +34,9 @@ pub use choice::{Objection, Trackers};
 use crate::kernel::address_space::CompareError;
 use crate::kernel::bugs::{KnownBug, Need};
 use crate::kernel::inject::InjectError;
-use crate::kernel::maps::{self, MapsError, Vma, VmaKind};
+use crate::kernel::maps::{MapsError, Vma, VmaKind};
 use crate::kernel::pagemap::{PageIs, Query, ScanError};
 use crate::kernel::probe::Missing;
-use crate::kernel::ptrace::living_thread;
 use crate::kernel::userfaultfd;
 use crate::memory::{PageSet, SpaceId};
 use crate::runtime::Task;
@@ -174,34 +173,6 @@ impl TrackError {
 /// Starts tracking in the given way, after proving on memory of our own that this kernel can.
 pub fn open(kind: TrackerKind) -> Result<Box<dyn Tracker>, TrackError> {
     Trackers::find().open(Some(kind))
-}
-
-/// The address spaces of frozen `tasks` with their mappings, and no page looked at: what there is to know of a container
-/// that nobody tracks. Its pages are those that CRIU names.
-pub fn unwatched(tasks: &[Task]) -> Result<Vec<SpaceScan>, TrackError> {
-    let mut kinds = maps::FileKinds::default();
-    let mut spaces = Vec::new();
-    for group in sharing::group(tasks)? {
-        // A leader that has exited while other threads live on shows no mappings.
-        let Ok(pid) = living_thread(group.owner.pid) else {
-            continue;
-        };
-        let vmas = match maps::read(pid, &mut kinds) {
-            Ok(vmas) => vmas,
-            Err(MapsError::Exited { .. }) => continue,
-            Err(error) => return Err(error.into()),
-        };
-        spaces.push(SpaceScan {
-            space: SpaceId(u32::try_from(spaces.len()).unwrap_or(u32::MAX)),
-            pid,
-            vpid: group.owner.vpid,
-            sharers: group.sharers(),
-            vmas,
-            dirty: PageSet::new(),
-            untracked: Some(Untracked::Frozen),
-        });
-    }
-    Ok(spaces)
 }
 
 /// Whether the engine, not CRIU, carries the pages of a mapping.
