@@ -17,6 +17,7 @@
 //!  │ hold      post-dump hook      │◀─── prepared ──────────│ hold       post-restore hook  │
 //!  │ handover  journal, decide ────┼──── commit ───────────▶│ release    journal, it runs   │
 //!  │ destroy   the frozen copy     │◀─── committed ─────────│ pager      fills the rest     │
+//!  │ (serve    owed pages first)   │◀─── faults, push ─────▶│ (owing     what is missing)   │
 //!  └───────────────────────────────┘                        └───────────────────────────────┘
 //! ```
 //!

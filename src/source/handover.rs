@@ -141,6 +141,8 @@ pub struct Handover<'a, S> {
     put_off: BTreeMap<SpaceId, PageSet>,
     owed: Vec<PagesToSend>,
     server: Option<Serving>,
+    /// The server has ended well: every owed page has arrived, and the target is about to say so.
+    served: bool,
     progress: Option<Arc<ServeProgress>>,
     whole: bool,
     lost: Option<Instant>,
@@ -243,6 +245,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             put_off: BTreeMap::new(),
             owed: Vec::new(),
             server: None,
+            served: false,
             progress: None,
             whole: false,
             lost: None,

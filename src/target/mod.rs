@@ -7,6 +7,7 @@
 //!                                 ├▶ compose      skeleton + page store → images
 //!                                 ├▶ post_copy    owed pages, after the container is let go
 //!                                 ├▶ pager        fills the restored memory, a process of its own
+//!                                 ├▶ owing        post-copy: what the copy lacks, taken in by post_copy, on record in arrivals
 //!                                 └▶ stdio        what the container's pipes lead to here
 //!  settle ─▶ remains              the end after a crash, and of every copy that must go
 //! ```

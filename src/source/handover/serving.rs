@@ -43,7 +43,10 @@ impl<S: FrameSink> Handover<'_, S> {
     pub(super) fn service_failed(&mut self) -> Option<SourceEvent> {
         let server = self.server.take_if(|server| server.is_over())?;
         let (_, served) = server.wait();
-        let error = served.err()?;
+        let Err(error) = served else {
+            self.served = true;
+            return None;
+        };
         if self.course.state().is_settled() {
             return None;
         }
@@ -94,9 +97,11 @@ impl<S: FrameSink> Handover<'_, S> {
 
     /// The service over the connection it began on goes on by itself; without it the target is looked for.
     pub(super) fn serve_pages(&mut self) -> Option<SourceEvent> {
-        if self.link.is_some() && self.server.is_some() {
+        if self.link.is_some() && (self.server.is_some() || self.served) {
             return None;
         }
+        // Nothing that matters comes over it any more.
+        self.link = None;
         self.server = None;
         let owing = self.owing()?;
         let owed = Owed {
