@@ -95,7 +95,7 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
     let criu = Criu::find()?;
     let cache = KernelCache::prepare(&criu, &plan.state_dir.join("criu"))?;
     let journals = JournalDir::open(&plan.state_dir)?;
-    settle_what_a_crash_left(&journals, &plan.state_dir)?;
+    let owing = settle_what_a_crash_left(&journals, &plan.state_dir)?;
     let identity = Arc::new(Identity::load_or_create(&plan.state_dir)?);
     let lazy = criu.restores_lazily();
     tracing::info!(criu = %criu.version_text(), skeleton = ?cache.skeleton, lazy, fingerprint = %identity.fingerprint(), "ready");
@@ -122,6 +122,10 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
         transport.run(async move { Listener::bind(listen, identity, trust, Settings::default()) });
     let joined = transport.handle().block_on(listening);
     let listener = Arc::new(joined.unwrap_or(Err(TransportError::ClosedHere))?);
+    // Before anybody is let in: a source that comes to go on must find the copy.
+    for migration in owing {
+        adopt(&agent, migration, transport.handle())?;
+    }
     tracing::info!(address = %listener.local_addr()?, "listening");
     let accepting = Arc::clone(&listener);
     transport.run(async move {
@@ -162,8 +166,14 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => break,
         }
-        if agent.draining.load(Ordering::Relaxed) && agent.arrivals().is_empty() {
-            break;
+        if agent.draining.load(Ordering::Relaxed) {
+            let arrivals = agent.arrivals();
+            if arrivals.is_empty() {
+                break;
+            }
+            for arrival in arrivals.values() {
+                let _ = arrival.signal.send(Signal::Leave);
+            }
         }
     }
     stopping.abort();
@@ -172,9 +182,48 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
     Ok(())
 }
 
+/// Takes over a copy whose agent died while pages were owed to it, and waits on a thread of its own for their source.
+fn adopt(agent: &Arc<Agent>, migration: MigrationId, runtime: &Handle) -> Result<(), AgentError> {
+    let orphan = match settle::adopt(&agent.host.state_dir, migration) {
+        Ok(Some(orphan)) => orphan,
+        Ok(None) => return Ok(()),
+        Err(error) => {
+            tracing::error!(%migration, %error, "not taken over");
+            return Ok(());
+        }
+    };
+    let (signal, signals) = mpsc::channel();
+    let under_way = UnderWay {
+        container: orphan.opened.container.as_str().to_string(),
+        peer: orphan.opened.peer_fingerprint.clone(),
+        signal: signal.clone(),
+    };
+    agent.arrivals().insert(migration, under_way);
+    tracing::info!(container = %orphan.opened.container, "taken over: it waits for pages and their source");
+    let (agent, runtime) = (Arc::clone(agent), runtime.clone());
+    let waiting = thread::Builder::new().name("session".into());
+    let started = waiting.spawn(move || {
+        let journal_id = agent.journals.id();
+        match Arrival::adopt(&agent.host, orphan, journal_id, &runtime, signal, signals) {
+            Ok(arrival) => drop(arrival.run()),
+            Err(reason) => tracing::error!(%migration, %reason, "not taken over"),
+        }
+        agent.arrivals().remove(&migration);
+    });
+    started.map(drop).map_err(|source| AgentError::System {
+        doing: "starting a session's thread",
+        source,
+    })
+}
+
 /// Ends every migration whose process died: those to here before anyone is let in, so that no commit can meet one that
-/// is being undone; those from here beside the work, for their targets may have to be asked.
-fn settle_what_a_crash_left(journals: &JournalDir, state_dir: &Path) -> Result<(), AgentError> {
+/// is being undone; those from here beside the work, for their targets may have to be asked. Returns those to here whose
+/// copy runs and is owed pages.
+fn settle_what_a_crash_left(
+    journals: &JournalDir,
+    state_dir: &Path,
+) -> Result<Vec<MigrationId>, AgentError> {
+    let mut owing = Vec::new();
     for name in journals.list()? {
         if name.side == Side::Source {
             let state_dir = state_dir.to_path_buf();
@@ -192,11 +241,12 @@ fn settle_what_a_crash_left(journals: &JournalDir, state_dir: &Path) -> Result<(
         }
         match settle::settle(state_dir, name.migration) {
             Ok(None) => {}
+            Ok(Some(settle::Settled::Owing)) => owing.push(name.migration),
             Ok(Some(fate)) => tracing::debug!(migration = %name.migration, ?fate, "settled"),
             Err(error) => tracing::error!(migration = %name.migration, %error, "not settled"),
         }
     }
-    Ok(())
+    Ok(owing)
 }
 
 struct Agent {

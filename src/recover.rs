@@ -105,6 +105,9 @@ fn target_end(state_dir: &Path, migration: MigrationId) -> Option<End> {
     Some(match target::settle(state_dir, migration) {
         Ok(None) => End::Running,
         Ok(Some(target::Settled::Already)) => return None,
+        Ok(Some(target::Settled::Owing)) => {
+            End::Incomplete("start the agent here, and it takes them in".into())
+        }
         Ok(Some(target::Settled::Now(Fate::Committed))) => End::Moved,
         Ok(Some(target::Settled::Now(_))) => End::RolledBack,
         Err(error) => End::Stuck(error.to_string()),

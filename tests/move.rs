@@ -2,6 +2,7 @@
 //!
 //! Needs root, runc and CRIU (`scripts/setup`); fails without them.
 
+mod modes;
 mod pair;
 
 use anyhow::{Context, Result, ensure};
@@ -94,6 +95,79 @@ fn two_gibibytes_move_while_they_are_written_and_stand_still_for_a_small_part_of
     // Were memory sent or filled in the gap, the gap would be most of the move.
     ensure!(downtime < total / 8.0, "{downtime} of {total} ms");
     ensure!(field(&report["fill_after_release_ms"])? > 0.0);
+    Ok(())
+}
+
+/// Moves a container with options from host a to host b and checks that it is whole.
+fn move_with(workload: &Workload, options: &[&str]) -> Result<Value> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let pair = Pair::new(&a, &b)?;
+    let container = Container::create(&a, "web", workload, &ContainerOptions::default())?;
+    let report = pair.move_with(&a, options, "web")?;
+    ensure!(report["outcome"]["result"] == "moved", "{report:#}");
+    pair.ensure_lives_only_on(&b, &container)?;
+    Ok(report)
+}
+
+#[test]
+fn pages_that_are_written_all_the_time_wait_for_the_freeze() -> Result<()> {
+    let workload = Workload::memory_writer(256, 300).arg("--working-set-mib=16");
+    let options = [
+        "--mode=pre-copy",
+        "--bandwidth-limit=100M",
+        "--downtime-limit=500",
+    ];
+    let report = move_with(&workload, &options)?;
+    let rounds = report["rounds"].as_array().context("no rounds")?;
+    let held = rounds
+        .iter()
+        .filter_map(|round| round["pages_held"].as_u64());
+    ensure!(held.max() > Some(0), "{report:#}");
+    println!(
+        "wire bytes {}, downtime {} ms",
+        report["sent"]["bytes_wire"], report["downtime"]["total_ms"]
+    );
+    Ok(())
+}
+
+#[test]
+fn auto_stops_the_rounds_of_a_container_that_writes_faster_than_the_link() -> Result<()> {
+    let options = ["--bandwidth-limit=50M"];
+    let report = move_with(&Workload::memory_writer(128, 400), &options)?;
+    ensure!(report["switch"] == "post-copy", "{report:#}");
+    ensure!(report["rounds_ended"] == "outrun", "{report:#}");
+    let pages: u64 = report["rounds"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|round| round["pages"].as_u64())
+        .sum();
+    ensure!(
+        pages < (128 << 20) / 4096 / 2,
+        "half of it was sent in vain: {report:#}"
+    );
+    ensure!(
+        report["predicted"]["last_page_ms"].is_number(),
+        "{report:#}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_container_moves_in_every_mode() -> Result<()> {
+    for mode in ["pre-copy", "post-copy", "hybrid", "auto"] {
+        let option = format!("--mode={mode}");
+        let report = move_with(&Workload::memory_writer(64, 20), &[&option])?;
+        ensure!(report["mode"] == mode, "{report:#}");
+        let rounds = report["rounds"].as_array().map_or(0, Vec::len);
+        ensure!((rounds == 0) == (mode == "post-copy"), "{report:#}");
+        let switch = if matches!(mode, "pre-copy" | "auto") {
+            "pre-copy"
+        } else {
+            "post-copy"
+        };
+        ensure!(report["switch"] == switch, "{report:#}");
+    }
     Ok(())
 }
 

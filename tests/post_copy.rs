@@ -86,7 +86,9 @@ impl Scene {
             Listener::bind(any, far.0, far.1, Settings::default()).expect("listens")
         });
         let listener = target.handle().block_on(listening).expect("runs");
-        let holders = (1..).zip(sizes).map(|(vpid, &pages)| Holder::start(vpid, pages));
+        let holders = (1..)
+            .zip(sizes)
+            .map(|(vpid, &pages)| Holder::start(vpid, pages));
         Scene {
             _dirs: dirs,
             source,
@@ -109,8 +111,15 @@ impl Scene {
         });
         let (connector, addr) = (self.connector.clone(), self.listener.local_addr());
         let addr = addr.expect("has an address");
-        let connecting = self.source.run(async move { connector.connect(addr).await });
-        let (from, ask) = self.source.handle().block_on(connecting).expect("runs").expect("connects");
+        let connecting = self
+            .source
+            .run(async move { connector.connect(addr).await });
+        let (from, ask) = self
+            .source
+            .handle()
+            .block_on(connecting)
+            .expect("runs")
+            .expect("connects");
         let (to, answer) = self.target.handle().block_on(accepting).expect("runs");
         Wire {
             from,
@@ -158,13 +167,21 @@ impl Scene {
     /// Both ends went well; nothing is owed, and nothing is left of what the pager took.
     fn ensure_over(&self, serving: Serving, copying: PostCopying, pager: &mut Pager) {
         pager.take_until("the last page", |pager| pager.has_all());
-        assert!(copying.wait_all_here(PATIENCE), "{} pages are missing", copying.left());
+        assert!(
+            copying.wait_all_here(PATIENCE),
+            "{} pages are missing",
+            copying.left()
+        );
         copying.wait().1.expect("taken in");
         serving.wait().1.expect("served");
         for holder in &self.holders {
             assert!(self.store.owed(holder.space()).is_empty());
         }
-        assert_eq!(self.store.memory_in_use().expect("measured"), 0, "a page came again");
+        assert_eq!(
+            self.store.memory_in_use().expect("measured"),
+            0,
+            "a page came again"
+        );
     }
 }
 
@@ -231,7 +248,9 @@ impl Pager {
 
     fn has_all(&self) -> bool {
         self.sizes.iter().all(|(vpid, &pages)| {
-            self.came.get(vpid).is_some_and(|came| came.pages() == pages)
+            self.came
+                .get(vpid)
+                .is_some_and(|came| came.pages() == pages)
         })
     }
 
@@ -270,7 +289,10 @@ impl Pager {
             let memfd = &self.memfds[&vpid];
             memfd.read_exact_at(&mut content, offset).expect("read");
             let index = page.start().0 - BASE / PAGE_SIZE;
-            assert!(content == page_content(vpid, index), "page {index} of {vpid} is wrong");
+            assert!(
+                content == page_content(vpid, index),
+                "page {index} of {vpid} is wrong"
+            );
             let flags = nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE
                 | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
             nix::fcntl::fallocate(memfd, flags, offset.cast_signed(), PAGE_SIZE.cast_signed())
@@ -292,7 +314,9 @@ fn page_content(vpid: i32, index: u64) -> Vec<u8> {
         3 => 0,
         _ => first.wrapping_add(i.wrapping_mul(0xbf58_476d_1ce4_e5b9)) | 1,
     };
-    (0..PAGE_SIZE / 8).flat_map(|i| word(i).to_le_bytes()).collect()
+    (0..PAGE_SIZE / 8)
+        .flat_map(|i| word(i).to_le_bytes())
+        .collect()
 }
 
 fn holder_program() -> &'static Path {
@@ -340,7 +364,10 @@ fn every_page_arrives_right_and_once_under_faults_and_push() {
     let served = progress.now();
     assert!(served.faults > 0 && served.pushed_pages > 0, "{served:?}");
     assert_eq!(served.pages_left, 0);
-    assert!(served.pushed_pages + served.answered_pages >= 14_000, "{served:?}");
+    assert!(
+        served.pushed_pages + served.answered_pages >= 14_000,
+        "{served:?}"
+    );
 }
 
 #[test]
@@ -376,7 +403,9 @@ fn a_cut_connection_is_replaced_and_both_ends_go_on_where_they_were() {
         wire.from.set_bandwidth_limit(NonZeroU64::new(8_000_000));
         let copying = post_copy.attach(&wire.to);
         let serving = server.attach(&wire.from).expect("a thread");
-        pager.take_until("a word after the connection", |pager| pager.asked_again == cut);
+        pager.take_until("a word after the connection", |pager| {
+            pager.asked_again == cut
+        });
         let before = copying.left();
         for page in faults.by_ref().take(200) {
             pager.fault(2, pages(page, 2));
@@ -404,11 +433,16 @@ fn a_cut_connection_is_replaced_and_both_ends_go_on_where_they_were() {
     let wire = scene.connect();
     let copying = post_copy.attach(&wire.to);
     let serving = server.attach(&wire.from).expect("a thread");
-    pager.take_until("a word after the connection", |pager| pager.asked_again == 4);
+    pager.take_until("a word after the connection", |pager| {
+        pager.asked_again == 4
+    });
     pager.fault(2, pages(2999, 1));
     scene.ensure_over(serving, copying, &mut pager);
     let pushed = progress.now().pushed_pages - before.pushed_pages;
-    assert!(pushed <= left, "{pushed} pages were pushed, {left} were missing");
+    assert!(
+        pushed <= left,
+        "{pushed} pages were pushed, {left} were missing"
+    );
 }
 
 #[test]
@@ -467,7 +501,10 @@ fn a_process_that_is_gone_ends_the_service_and_the_target_is_told() {
     let copying = post_copy.attach(&wire.to);
     let serving = server.attach(&wire.from).expect("a thread");
     let error = serving.wait().1.expect_err("nothing can be read");
-    assert!(matches!(error, ServeError::Read { .. } | ServeError::Gone { .. }), "{error}");
+    assert!(
+        matches!(error, ServeError::Read { .. } | ServeError::Gone { .. }),
+        "{error}"
+    );
     let (post_copy, taken) = copying.wait();
     let told = PostCopyError::Transport(TransportError::ClosedByPeer(PeerError::Internal));
     assert_eq!(taken.expect_err("told").to_string(), told.to_string());
@@ -498,7 +535,12 @@ fn lie(scene: &Scene, server: PageServer, said: &[PageRequest]) -> (PageServer, 
             streams.push(to.accept_faults().await.expect("opened"));
         }
         let first = streams.iter_mut().find(|(_, pages)| pages.index() == 0);
-        first.expect("the first stream").0.send(&lies).await.expect("said");
+        first
+            .expect("the first stream")
+            .0
+            .send(&lies)
+            .await
+            .expect("said");
         to.closed().await
     });
     let serving = server.attach(&wire.from).expect("a thread");
@@ -515,22 +557,37 @@ fn lie(scene: &Scene, server: PageServer, said: &[PageRequest]) -> (PageServer, 
 fn a_target_that_lies_is_found_out_and_an_honest_one_is_served_afterwards() {
     let scene = Scene::new(&[1000]);
     let space = scene.holders[0].space();
-    let missing = |range| PageRequest::Missing { space, pages: range };
+    let missing = |range| PageRequest::Missing {
+        space,
+        pages: range,
+    };
     let want = |space, pages| PageRequest::Want { space, pages };
     let mut server = scene.server();
     let cases: Vec<(Vec<PageRequest>, fn(&ServeError) -> bool)> = vec![
-        (vec![want(space, pages(1000, 1))], |e| matches!(e, ServeError::Breach(Breach::NotOwed { .. }))),
-        (vec![want(space, pages(990, 11))], |e| matches!(e, ServeError::Breach(Breach::NotOwed { .. }))),
-        (vec![want(SpaceId(77), pages(0, 1))], |e| matches!(e, ServeError::Breach(Breach::NotOwed { .. }))),
-        (vec![missing(pages(10, 991))], |e| matches!(e, ServeError::Breach(Breach::NotOwed { .. }))),
+        (vec![want(space, pages(1000, 1))], |e| {
+            matches!(e, ServeError::Breach(Breach::NotOwed { .. }))
+        }),
+        (vec![want(space, pages(990, 11))], |e| {
+            matches!(e, ServeError::Breach(Breach::NotOwed { .. }))
+        }),
+        (vec![want(SpaceId(77), pages(0, 1))], |e| {
+            matches!(e, ServeError::Breach(Breach::NotOwed { .. }))
+        }),
+        (vec![missing(pages(10, 991))], |e| {
+            matches!(e, ServeError::Breach(Breach::NotOwed { .. }))
+        }),
         (vec![missing(pages(10, 10)), missing(pages(15, 2))], |e| {
             matches!(e, ServeError::Breach(Breach::Order { .. }))
         }),
         (vec![missing(pages(0, 999)), PageRequest::MissingEnd], |e| {
             matches!(e, ServeError::Breach(Breach::NeverSent { .. }))
         }),
-        (vec![PageRequest::Complete], |e| matches!(e, ServeError::Breach(Breach::OutOfPlace(_)))),
-        (vec![PageRequest::Received { bytes: u64::MAX }], |e| matches!(e, ServeError::Credit(_))),
+        (vec![PageRequest::Complete], |e| {
+            matches!(e, ServeError::Breach(Breach::OutOfPlace(_)))
+        }),
+        (vec![PageRequest::Received { bytes: u64::MAX }], |e| {
+            matches!(e, ServeError::Credit(_))
+        }),
     ];
     for (said, expected) in cases {
         let (kept, error) = lie(&scene, server, &said);
@@ -557,9 +614,15 @@ fn bytes_that_are_no_page_request_are_refused() {
     });
     let serving = scene.server().attach(&wire.from).expect("a thread");
     let error = serving.wait().1.expect_err("nonsense");
-    assert!(matches!(error, ServeError::Transport(TransportError::PageRequest(_))), "{error}");
+    assert!(
+        matches!(error, ServeError::Transport(TransportError::PageRequest(_))),
+        "{error}"
+    );
     let told = scene.target.handle().block_on(lying).expect("runs");
-    assert!(matches!(told, TransportError::ClosedByPeer(PeerError::Malformed)), "{told}");
+    assert!(
+        matches!(told, TransportError::ClosedByPeer(PeerError::Malformed)),
+        "{told}"
+    );
 }
 
 #[test]
@@ -581,8 +644,9 @@ fn a_source_that_sends_what_it_does_not_owe_is_found_out_and_an_honest_one_goes_
             matches!(e, PostCopyError::UnknownSpace(SpaceId(99)))
         }),
     ];
-    for (on_fault_stream, (space, range, kind, expected)) in
-        [false, true].into_iter().flat_map(|on| cases.iter().map(move |case| (on, *case)))
+    for (on_fault_stream, (space, range, kind, expected)) in [false, true]
+        .into_iter()
+        .flat_map(|on| cases.iter().map(move |case| (on, *case)))
     {
         let wire = scene.connect();
         let from = wire.from.clone();
@@ -593,7 +657,11 @@ fn a_source_that_sends_what_it_does_not_owe_is_found_out_and_an_honest_one_goes_
         let lying = scene.source.run(async move {
             let (mut answers, _requests) = from.open_faults(0).await.expect("opened");
             let mut push = from.open_pages(0).await.expect("opened");
-            let stream = if on_fault_stream { &mut answers } else { &mut push };
+            let stream = if on_fault_stream {
+                &mut answers
+            } else {
+                &mut push
+            };
             stream.send(frame).await.expect("sent");
             from.closed().await
         });
@@ -603,7 +671,10 @@ fn a_source_that_sends_what_it_does_not_owe_is_found_out_and_an_honest_one_goes_
         assert!(expected(&error), "{run:?}: {error}");
         assert!(!error.is_transient());
         let told = scene.source.handle().block_on(lying).expect("runs");
-        assert!(matches!(told, TransportError::ClosedByPeer(PeerError::Unexpected)), "{told}");
+        assert!(
+            matches!(told, TransportError::ClosedByPeer(PeerError::Unexpected)),
+            "{told}"
+        );
         assert_eq!(post_copy.left(), 1000);
     }
     let wire = scene.connect();
@@ -635,7 +706,11 @@ fn a_source_that_opens_streams_without_end_or_ends_them_early_is_refused() {
         let lying = scene.source.run(async move {
             let (mut answers, _requests) = from.open_faults(0).await.expect("opened");
             let mut push = from.open_pages(0).await.expect("opened");
-            let stream = if on_fault_stream { &mut answers } else { &mut push };
+            let stream = if on_fault_stream {
+                &mut answers
+            } else {
+                &mut push
+            };
             stream.finish().expect("finished once");
             from.closed().await
         });

@@ -11,6 +11,7 @@
 
 mod checkpoint;
 mod engine;
+mod faults;
 mod guests;
 mod measure;
 mod modes;
@@ -65,6 +66,8 @@ enum Command {
     Modes(modes::Options),
     /// Memory that forked processes share, on the wire and at both ends.
     Prefork(prefork::Options),
+    /// What a fault costs in post-copy, idle and under full push.
+    Faults(faults::Options),
     /// Another benchmark, in a guest of each kernel of scripts/guest.
     InGuests(guests::Arguments),
     /// Part of the benchmark, started by it on a host.
@@ -74,6 +77,8 @@ enum Command {
 
 #[derive(Subcommand)]
 enum Part {
+    /// Holds so many MiB of memory for another process to read.
+    Hold { mib: u64 },
     /// Receives so many MiB over TLS.
     TlsReceive {
         listen: SocketAddrV4,
@@ -103,6 +108,7 @@ fn main() -> ExitCode {
             results,
         } => core(quick, &systems, &results),
         Command::Trackers(arguments) => trackers::run(&arguments),
+        Command::Faults(options) => faults::run(&options),
         Command::InGuests(arguments) => guests::run(&arguments),
         Command::Predump(options) => predump::run(&options),
         Command::Modes(options) => modes::run(&options),
@@ -144,6 +150,7 @@ fn core(quick: bool, systems: &[System], results: &std::path::Path) -> Result<bo
 
 fn run_part(part: Part) -> Result<()> {
     match part {
+        Part::Hold { mib } => faults::hold(mib),
         Part::TlsReceive {
             listen,
             mib,

@@ -123,6 +123,9 @@ pub fn show(event: &TimedEvent, width: Option<usize>) -> Vec<Shown> {
             passing(width, share, text)
         }
         Event::RoundFinished(round) => line(round_line(round)),
+        Event::Slowed { percent } => line(format!(
+            "slowed: the container is left {percent}% of its CPU time, for its rounds do not converge"
+        )),
         Event::Freezing {
             why,
             switch,
@@ -248,7 +251,7 @@ fn round_line(round: &RoundReport) -> String {
         bytes(rate),
         bytes(round.sent.bytes_wire),
         bytes(dirtied),
-        memory(round.pages_dirty),
+        memory(round.pages_left),
     )
 }
 
@@ -270,11 +273,8 @@ pub(super) fn expected(predicted: &Prediction) -> String {
     let last_page = last_page.map_or(String::new(), |after| {
         format!(", last page {} after the release", time(after))
     });
-    format!(
-        "downtime {}{last_page}, total {}",
-        time(downtime),
-        time(total)
-    )
+    let total = total.map_or(String::new(), |total| format!(", total {}", time(total)));
+    format!("downtime {}{last_page}{total}", time(downtime))
 }
 
 /// Why the rounds ended, in words.
@@ -285,6 +285,7 @@ pub(super) fn reason(why: FreezeReason) -> &'static str {
         FreezeReason::MaxRounds => "the allowed rounds are used up",
         FreezeReason::Timeout => "the time is up",
         FreezeReason::Idle => "next to nothing is left",
+        FreezeReason::Outrun => "more rounds would not bring the downtime within the limit",
         FreezeReason::NoRounds => "without rounds",
     }
 }
@@ -353,6 +354,7 @@ mod tests {
             "tracking 3 processes with 2.0 GiB by uffd-wp",
             "files: 812 entries, 32.0 MiB in 135 ms",
             "round 1: 2.0 GiB in 2.6 s (781.2 MiB/s), 448.0 MiB on the wire; dirtied 50.0 MiB/s, 50.0 MiB left, expected downtime 184 ms",
+            "slowed: the container is left 50% of its CPU time, for its rounds do not converge",
             "freezing, pre-copy: little is left; expected downtime 184 ms, total 3.0 s",
             "delta: 2400 pages, 2.1 MiB on the wire in 19 ms",
             "held: skeleton of 130.0 KiB in 37 ms",

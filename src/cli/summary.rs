@@ -14,8 +14,10 @@ pub fn summary(report: &Report) -> Vec<String> {
         .rounds_ended
         .map_or(String::new(), |why| format!(": {}", reason(why)));
     let mode = match report.switch {
-        Some(switch) => format!("{}, {}", report.mode, switched(switch)),
-        None => report.mode.to_string(),
+        Some(switch) if switched(switch) != report.mode.as_str() => {
+            format!("{}: {} in the end", report.mode, switched(switch))
+        }
+        _ => report.mode.to_string(),
     };
     lines.push(format!("  mode      {mode}"));
     let plural = if report.rounds.len() == 1 { "" } else { "s" };
@@ -49,6 +51,11 @@ pub fn summary(report: &Report) -> Vec<String> {
     }
     if let Some(predicted) = &report.predicted {
         lines.push(format!("  expected  {}", expected(predicted)));
+    }
+    if let Some(percent) = report.slowed_percent {
+        lines.push(format!(
+            "  slowed    to {percent}% of its CPU time during the rounds"
+        ));
     }
     if report.dump == Some(DumpKind::Full) {
         lines.push("            CRIU dumped every page: the skeleton dump does not work on this host (migrate check)".to_owned());
@@ -144,7 +151,7 @@ mod tests {
     fn a_move_is_summed_up_with_its_downtime_by_parts() {
         let expected = [
             "web runs at 10.0.0.2:7070",
-            "  mode      auto, pre-copy",
+            "  mode      auto: pre-copy in the end",
             "  total     3.0 s with 1 round: little is left",
             "  memory    2.0 GiB in the container",
             "  sent      450.1 MiB on the wire for 1.8 GiB of content (4.0 : 1); 65836 zero pages, 0 the target had",

@@ -3,6 +3,8 @@
 //! In come the rounds so far, the time used, the limits and the cost of a freeze that no round can lower;
 //! out comes an [`Assessment`]: another round, or freeze and why, and the downtime to expect either way.
 //!
+//! This is how `--mode pre-copy` decides; [`decision`](super::decision) builds the other modes on it.
+//!
 //! A round sends what was dirty when it began; while it runs the container dirties pages, which the next scan
 //! finds. So the next round is smaller exactly when pages are sent faster than they are dirtied, and the ratio
 //! *found dirty / sent* of a round is that of the two rates.
@@ -15,8 +17,8 @@
 //! | 2 | the delta fits the budget and is small beside the fixed cost ([`SMALL_DELTA`])        | freeze: `Converged`     |
 //! | 3 | the delta fits the budget and the last round shrank it too little to try again, or [`POLISH_ROUNDS`] rounds already ended within the budget | freeze: `Converged` |
 //! | 4 | one more round and the freeze would pass the timeout                                  | freeze: `Timeout`       |
-//! | 5 | `max_rounds` rounds are done                                                          | freeze: `MaxRounds`     |
-//! | 6 | [`STALLED_ROUNDS`] rounds in a row did not shrink the dirty set by [`USEFUL_FACTOR`]  | freeze: `NoProgress`    |
+//! | 5 | `max_rounds` rounds are done, samples ([`ledger`](super::ledger)) not counted        | freeze: `MaxRounds`     |
+//! | 6 | [`STALLED_ROUNDS`] rounds in a row did not shrink what is left ([`USEFUL_FACTOR`])    | freeze: `NoProgress`    |
 //! | 7 | otherwise                                                                             | `Continue`              |
 //!
 //! *Budget* is the downtime limit less the fixed cost. Rule 3 goes on inside the budget while rounds still pay,
@@ -56,10 +58,20 @@ pub struct RoundMeasured {
     pub zero_pages: u64,
     /// Bytes that went over the wire for them, headers included.
     pub bytes_sent: u64,
-    /// From the start of the round until its last byte was handed to the network and the next scan was done.
+    /// From one scan to the next: the time in which the pages found dirty were dirtied.
     pub duration: Duration,
-    /// Pages the next scan found dirty: what the next round, or the delta, has to send.
+    /// Of that, until all of the round was at the target.
+    pub sending: Duration,
+    /// Pages the next scan found dirty.
     pub pages_dirty: u64,
+    /// Of those, pages that the scan before found dirty too.
+    pub pages_again: u64,
+    /// Pages the target lacked when the round began.
+    pub pages_before: u64,
+    /// Pages the target lacks now: what the next round, or the delta, has to send.
+    pub pages_left: u64,
+    /// It was only a sample, and left pages for the next round that nothing spoke against sending.
+    pub sample: bool,
 }
 
 /// What the user allows.
@@ -96,6 +108,8 @@ pub enum FreezeReason {
     Timeout,
     /// Next to nothing is dirty.
     Idle,
+    /// More rounds would not bring the delta within the downtime limit.
+    Outrun,
     /// No rounds were wanted, or none are possible: it froze as soon as everything was ready.
     NoRounds,
 }
@@ -143,10 +157,10 @@ pub fn assess(
         };
     };
     let throughput = throughput(rounds);
-    let delta = time_to_send(last.pages_dirty, throughput);
+    let delta = time_to_send(last.pages_left, throughput);
     let expected_downtime = fixed_downtime.saturating_add(delta);
 
-    let decision = if last.pages_dirty <= IDLE_PAGES {
+    let decision = if last.pages_left <= IDLE_PAGES {
         Decision::Freeze(FreezeReason::Idle)
     } else if expected_downtime <= limits.downtime
         && no_round_pays(rounds, delta, throughput, limits, fixed_downtime)
@@ -158,7 +172,7 @@ pub fn assess(
         >= limits.timeout
     {
         Decision::Freeze(FreezeReason::Timeout)
-    } else if rounds.len() >= limits.max_rounds.max(1) as usize {
+    } else if whole(rounds) >= limits.max_rounds.max(1) as usize {
         Decision::Freeze(FreezeReason::MaxRounds)
     } else if stalled(rounds) {
         Decision::Freeze(FreezeReason::NoProgress)
@@ -182,27 +196,32 @@ fn no_round_pays(
     fixed_downtime: Duration,
 ) -> bool {
     let fitted = |round: &&RoundMeasured| {
-        fixed_downtime.saturating_add(time_to_send(round.pages_dirty, throughput))
-            <= limits.downtime
+        fixed_downtime.saturating_add(time_to_send(round.pages_left, throughput)) <= limits.downtime
     };
     delta <= fixed_downtime / SMALL_DELTA
-        || rounds.last().is_some_and(|last| !shrank(last))
+        || rounds.last().is_some_and(stood)
         || rounds.iter().filter(fitted).count() > POLISH_ROUNDS
 }
 
 /// Rule 6. The first round counts too: if everything is dirty again after it, it brought nothing.
 fn stalled(rounds: &[RoundMeasured]) -> bool {
-    rounds.len() >= STALLED_ROUNDS
-        && rounds
-            .iter()
-            .rev()
-            .take(STALLED_ROUNDS)
-            .all(|round| !shrank(round))
+    rounds.len() >= STALLED_ROUNDS && rounds.iter().rev().take(STALLED_ROUNDS).all(stood)
 }
 
-/// Whether the round left usefully less to send than it sent.
+/// Whether the round did not help. A sample whose pages are all dirty again says nothing of the rest.
+fn stood(round: &RoundMeasured) -> bool {
+    !round.sample && !shrank(round)
+}
+
+/// Whether the round left usefully less to send: at least a fifth of what it sent is not wanted again.
 fn shrank(round: &RoundMeasured) -> bool {
-    (round.pages_dirty as f64) <= USEFUL_FACTOR * round.pages_sent as f64
+    let gained = round.pages_before as f64 - round.pages_left as f64;
+    gained >= (1.0 - USEFUL_FACTOR) * round.pages_sent as f64
+}
+
+/// Rounds that were no samples.
+pub fn whole(rounds: &[RoundMeasured]) -> usize {
+    rounds.iter().filter(|round| !round.sample).count()
 }
 
 /// Pages per second over the latest rounds. Zero pages cost no wire and are left out, so that a first round
@@ -212,7 +231,7 @@ fn throughput(rounds: &[RoundMeasured]) -> Option<f64> {
     let recent = &rounds[rounds.len().saturating_sub(RECENT_ROUNDS)..];
     let time: Duration = recent
         .iter()
-        .map(|round| round.duration)
+        .map(|round| round.sending)
         .fold(Duration::ZERO, Duration::saturating_add);
     let all = recent
         .iter()
@@ -225,7 +244,7 @@ fn throughput(rounds: &[RoundMeasured]) -> Option<f64> {
 }
 
 /// How long these pages take. At an unknown speed nothing can be promised, so it takes for ever.
-fn time_to_send(pages: u64, throughput: Option<f64>) -> Duration {
+pub(super) fn time_to_send(pages: u64, throughput: Option<f64>) -> Duration {
     match throughput {
         _ if pages == 0 => Duration::ZERO,
         Some(rate) => Duration::try_from_secs_f64(pages as f64 / rate).unwrap_or(Duration::MAX),
@@ -276,14 +295,20 @@ mod tests {
                 let duration = pages as f64 / self.link + 0.002;
                 let dirtied = (dirty_rate(elapsed) * duration) as u64;
                 elapsed += duration;
+                let left = dirtied.min(self.memory);
                 rounds.push(RoundMeasured {
                     pages_sent: pages,
                     zero_pages: 0,
                     bytes_sent: pages * 4096,
                     duration: Duration::from_secs_f64(duration),
-                    pages_dirty: dirtied.min(self.memory),
+                    sending: Duration::from_secs_f64(duration),
+                    pages_dirty: left,
+                    pages_again: 0,
+                    pages_before: pages,
+                    pages_left: left,
+                    sample: false,
                 });
-                pages = dirtied.min(self.memory);
+                pages = left;
                 let assessment = assess(
                     &rounds,
                     Duration::from_secs_f64(elapsed),
@@ -405,7 +430,12 @@ mod tests {
             zero_pages: 490_000,
             bytes_sent: 10_000 * 4096,
             duration: Duration::from_secs(1),
+            sending: Duration::from_secs(1),
             pages_dirty: 10_000,
+            pages_again: 0,
+            pages_before: 500_000,
+            pages_left: 10_000,
+            sample: false,
         };
         let assessment = assess(&[round], Duration::from_secs(1), &LIMITS, FIXED);
         assert_eq!(assessment.expected_downtime, FIXED + Duration::from_secs(1));
@@ -434,7 +464,12 @@ mod tests {
                     zero_pages,
                     bytes_sent,
                     duration: Duration::from_nanos(nanos),
+                    sending: Duration::from_nanos(nanos),
                     pages_dirty,
+                    pages_again: 0,
+                    pages_before: pages_sent,
+                    pages_left: pages_dirty,
+                    sample: false,
                 }
             })
     }

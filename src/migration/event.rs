@@ -100,6 +100,11 @@ pub enum Event {
     },
     /// A round is done.
     RoundFinished(RoundReport),
+    /// The rounds do not converge, and the container is slowed by its CPU quota until they are over.
+    Slowed {
+        /// What share of the CPU time it used it is left, in per cent.
+        percent: u32,
+    },
     /// The rounds are over; the container is being frozen.
     Freezing {
         /// Why now.

@@ -186,6 +186,15 @@ pub enum Leftover {
         /// Its directory.
         path: PathBuf,
     },
+    /// A CPU quota that is lowered: it has to have its original value again, unless somebody else has set another.
+    CpuQuota {
+        /// The cgroup's file with the quota.
+        file: PathBuf,
+        /// What it held.
+        original: String,
+        /// What it is lowered to.
+        lowered: String,
+    },
     /// A process we started: CRIU, runc, pager or guard.
     Process {
         /// What it is, for the log.

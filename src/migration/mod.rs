@@ -5,7 +5,8 @@
 //! test and can be killed after every step ([`handoff`]).
 //!
 //! ```text
-//!  measurements ──▶ convergence ──▶ another round | freeze, and why      (within the mode: mode)
+//!  scans        ──▶ ledger      ──▶ what a round sends, what waits
+//!  measurements ──▶ convergence ──▶ decision ──▶ another round | freeze, why, and what is owed   (as mode allows)
 //!  events       ──▶ handoff     ──▶ next state + actions      (source table, target table)
 //!  records      ──▶ journal     ──▶ the state to recover into (the file itself: crate::journal)
 //!  marks        ──▶ phase       ──▶ downtime and its parts ──▶ report
@@ -13,9 +14,11 @@
 //! ```
 
 pub mod convergence;
+pub mod decision;
 pub mod event;
 pub mod handoff;
 pub mod journal;
+pub mod ledger;
 pub mod mode;
 pub mod phase;
 pub mod report;

@@ -36,6 +36,8 @@ pub struct Report {
     pub switch: Option<Switch>,
     /// What was expected at that moment; `downtime`, `total` and `fill_after_release` are what came.
     pub predicted: Option<Prediction>,
+    /// What share of its CPU time the container was left at the slowest, by `--auto-converge`; `None` if it was not slowed.
+    pub slowed_percent: Option<u32>,
     /// The last pages, sent while the container was frozen.
     pub delta: Option<RoundReport>,
     /// What was sent, all together.
@@ -59,11 +61,12 @@ pub struct Prediction {
     /// How long the container will stand still.
     #[serde(rename = "downtime_ms", with = "millis")]
     pub downtime: Duration,
-    /// From the start of the migration until every page is at the target.
-    #[serde(rename = "total_ms", with = "millis")]
-    pub total: Duration,
+    /// From the start of the migration until every page is in its place at the target; `None` if nothing was measured to go
+    /// by.
+    #[serde(rename = "total_ms", with = "millis::option")]
+    pub total: Option<Duration>,
     /// Post-copy: from the release at the target until its last page has come, a time in which the container runs with
-    /// faults over the network. `None` for pre-copy, in which nothing is missing at the release.
+    /// faults over the network. `None` for pre-copy, in which nothing is missing at the release, and if nothing was measured.
     #[serde(rename = "last_page_ms", with = "millis::option")]
     pub last_page: Option<Duration>,
 }
@@ -147,6 +150,12 @@ pub struct RoundReport {
     pub duration: Duration,
     /// Pages the scan after it found dirty; 0 for the delta, after which nothing runs.
     pub pages_dirty: u64,
+    /// Pages the target lacks after it: those found dirty, and those not sent yet.
+    #[serde(default)]
+    pub pages_left: u64,
+    /// Of those, pages the next round would hold back because they are written all the time.
+    #[serde(default)]
+    pub pages_held: u64,
     /// Pages a second the container dirtied meanwhile.
     pub dirty_rate: f64,
     /// Pages a second sent in the latest rounds; `None` if not known yet.

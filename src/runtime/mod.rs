@@ -1,6 +1,7 @@
-//! Container runtimes: find a container, freeze it, adopt it.
+//! Container runtimes: find a container, freeze it, slow it, adopt it.
 
 pub mod cgroup;
+pub mod cpu_quota;
 mod freezer;
 pub mod home;
 pub mod runc;

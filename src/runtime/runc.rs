@@ -2,6 +2,7 @@
 //!
 //! Facts about a container come from `ROOT/ID/state.json` (libcontainer's `State`), its status from `runc state`.
 
+use super::cpu_quota::CpuCgroup;
 use super::{Freezer, Task, task};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -279,6 +280,17 @@ impl Container {
             .get(controller)
             .or_else(|| self.cgroups.get(""))
             .map(PathBuf::as_path)
+    }
+
+    /// Where its CPU quota is; `None` if its cgroup has none.
+    pub fn cpu(&self) -> Option<CpuCgroup> {
+        match self.freezer {
+            Freezer::V1(_) => Some(CpuCgroup::V1 {
+                cpu: self.cgroups.get("cpu")?.clone(),
+                usage: self.cgroups.get("cpuacct")?.clone(),
+            }),
+            Freezer::V2(ref path) => Some(CpuCgroup::V2(path.clone())),
+        }
     }
 
     /// The CRIU options file its `org.criu.config` annotation names.

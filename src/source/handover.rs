@@ -22,6 +22,7 @@ use super::rootfs_copy::RootfsCopy;
 use super::send::{FrameSink, PagesToSend, Sender};
 use super::serve::{ServeProgress, Serving};
 use super::settle;
+use super::slowing::Slowing;
 use super::tracker::{SpaceScan, Tracker};
 use crate::criu::hook::WaitingHook;
 use crate::criu::options::NetworkLock;
@@ -110,6 +111,8 @@ pub struct Handover<'a, S> {
     pub cancelled: &'a AtomicBool,
     /// Pages that the last scan of the rounds found dirty and that no round has sent.
     pub unsent: BTreeMap<SpaceId, PageSet>,
+    /// The process each space can be read through, as of the last scan.
+    pub readers: BTreeMap<SpaceId, i32>,
     /// Files that tasks had mapped shared and writable at the last scan.
     pub mapped_files: BTreeSet<FileId>,
     /// The target was told to start its restore.
@@ -120,6 +123,10 @@ pub struct Handover<'a, S> {
     pub network_lock: NetworkLock,
     /// What becomes of the pages that are still to be sent at the freeze; known when the rounds are over.
     pub switch: Switch,
+    /// What slows the container while its rounds do not converge; never beyond them.
+    pub slowing: Option<Slowing>,
+    /// What share of its CPU time the container was left at the slowest, in per cent; `None` if it was not slowed.
+    pub slowed: Option<u32>,
     cancel_heard: bool,
     dump_at_gate: bool,
     rounds_received: u32,
@@ -152,6 +159,8 @@ pub struct Ended {
     pub reason: Option<String>,
     /// The state in which that happened.
     pub during: Option<SourceState>,
+    /// As [`Handover::slowed`].
+    pub slowed: Option<u32>,
     /// Bytes of the container's memory at the freeze.
     pub memory_bytes: u64,
     /// The pages sent while it was frozen.
@@ -213,11 +222,14 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             timeline: Timeline::default(),
             cancelled,
             unsent: BTreeMap::new(),
+            readers: BTreeMap::new(),
             mapped_files: BTreeSet::new(),
             prestarted: false,
             prestart,
             network_lock,
             switch: Switch::PreCopy,
+            slowing: None,
+            slowed: None,
             cancel_heard: false,
             dump_at_gate: false,
             rounds_received: 0,
@@ -321,6 +333,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
 
     /// Gives the migration up before anything was frozen, for this reason.
     pub fn give_up(mut self, event: SourceEvent, reason: String) -> (SourceState, Ended, Timeline) {
+        self.slowing = None;
         self.ended.reason.get_or_insert(reason);
         self.queue.push_back(event);
         self.run_to_the_end()
@@ -328,6 +341,8 @@ impl<'a, S: FrameSink> Handover<'a, S> {
 
     /// Freezes, sends the rest or owes it, hands over: returns when the outcome is known, or nobody can tell.
     pub fn hand_over(mut self, round: u32, switch: Switch) -> (SourceState, Ended, Timeline) {
+        // At full speed again: a task that has used up its quota would keep the freezer, and then CRIU, waiting.
+        self.slowing = None;
         self.round = round;
         self.switch = switch;
         self.queue.push_back(SourceEvent::FreezeOrdered);
@@ -384,6 +399,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             };
             link.close(why);
         }
+        self.ended.slowed = self.slowed;
         self.ended.delta = self.delta.take();
         if let Some(progress) = &self.progress {
             let served = progress.now();

@@ -17,6 +17,7 @@ use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
+use std::time::Duration;
 use thiserror::Error;
 
 /// Frames that wait between an encoding thread and its stream; each is at most about 1 MiB.
@@ -104,6 +105,11 @@ impl Link {
     /// The connection, for its figures.
     pub fn connection(&self) -> &Connection {
         &self.connection
+    }
+
+    /// How long the target takes to answer, as the connection has it now.
+    pub fn round_trip(&self) -> Duration {
+        self.connection.stats().rtt
     }
 
     /// Says something to the target.

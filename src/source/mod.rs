@@ -26,4 +26,5 @@ pub mod run;
 pub mod send;
 pub mod serve;
 pub mod settle;
+pub mod slowing;
 pub mod tracker;

@@ -9,20 +9,23 @@
 //! Each scan re-arms before its pages are read, so a page written while it is read is dirty again in the next one.
 
 use super::handover::{Handover, mapped_files};
+use super::link::Link;
+use super::preflight::resident_bytes;
 use super::rootfs_copy::RootfsCopyError;
 use super::send::{FrameSink, PagesToSend, Progress, SendError};
 use super::tracker::{Motion, SpaceScan, TrackError, TrackerKind};
 use crate::fault;
-use crate::memory::SpaceId;
+use crate::memory::{PAGE_SIZE, PageSet, SpaceId};
 use crate::migration::convergence::{
-    Assessment, Decision, FreezeReason, Limits, RoundMeasured, assess, fixed_downtime,
+    FreezeReason, IDLE_PAGES, Limits, RoundMeasured, fixed_downtime, whole,
 };
+use crate::migration::decision::{Course, Seen, decide, expect_post_copy};
 use crate::migration::event::Event;
 use crate::migration::handoff::SourceEvent;
+use crate::migration::ledger::{self, Ledger, Pages};
 use crate::migration::mode::{Mode, Switch};
 use crate::migration::report::{Prediction, RoundReport, Tracker as TrackerName};
 use crate::wire::message::RoundEnd;
-use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -84,15 +87,25 @@ impl<S: FrameSink> Handover<'_, S> {
             max_rounds: self.plan.max_rounds,
             timeout: self.plan.timeout,
         };
-        let mut to_send = self.scan()?;
-        self.announce_tracking(&to_send);
-        let processes = u32::try_from(to_send.len()).unwrap_or(u32::MAX);
-        let fixed = fixed_downtime(processes, count(&to_send));
+        let first = self.scan()?;
+        self.announce_tracking(&first);
+        let mut looked = Instant::now();
+        let memory = ledger::count(&first);
+        // Once, while nothing else is under way: behind a round's pages it would be longer.
+        let round_trip = self.round_trip();
+        let fixed_downtime = fixed_downtime_over(first.len(), memory, round_trip);
+        let mut ledger = Ledger::new(first);
         let mut prepared = false;
+        // Rounds before the container was slowed say nothing of those after it.
+        let mut since_slowed = 0;
+        self.may_slow();
         loop {
             let round = u32::try_from(done.len())
                 .unwrap_or(u32::MAX)
                 .saturating_add(1);
+            let pages_before = ledger.lacking();
+            let ledger::Round { pages, sample } = ledger.next_round();
+            let to_send = self.to_send(pages);
             let start = Instant::now();
             let sent = self.send_round(round, &to_send, |handover| {
                 if !std::mem::replace(&mut prepared, true) {
@@ -100,71 +113,88 @@ impl<S: FrameSink> Handover<'_, S> {
                 }
                 Ok(())
             })?;
-            to_send = self.scan()?;
-            let pages_dirty = count(&to_send);
+            let sending = start.elapsed();
+            let found = ledger.scanned(self.scan()?);
+            let now = Instant::now();
             measured.push(RoundMeasured {
                 pages_sent: sent.pages,
                 zero_pages: sent.zero_pages + sent.same_pages,
                 bytes_sent: sent.bytes_wire,
-                duration: start.elapsed(),
-                pages_dirty,
+                duration: now - std::mem::replace(&mut looked, now),
+                sending,
+                pages_dirty: found.dirty,
+                pages_again: found.again,
+                pages_before,
+                pages_left: found.lacking,
+                sample,
             });
-            let Assessment {
-                decision,
-                expected_downtime,
-                throughput,
-                dirty_rate,
-            } = assess(&measured, self.began.elapsed(), &limits, fixed);
+            let whole_before = u32::try_from(whole(&measured[..since_slowed])).unwrap_or(u32::MAX);
+            let seen = Seen {
+                rounds: &measured[since_slowed..],
+                memory,
+                elapsed: self.began.elapsed(),
+                fixed_downtime,
+                round_trip,
+            };
+            let limits = Limits {
+                max_rounds: limits.max_rounds.saturating_sub(whole_before),
+                ..limits
+            };
+            let verdict = decide(self.mode, &seen, &limits);
+            tracing::debug!(measured = ?measured.last(), memory, ?verdict, "decided");
             let report = RoundReport {
                 round,
                 sent,
                 duration: start.elapsed(),
-                pages_dirty,
-                dirty_rate,
-                throughput,
-                expected_downtime: Some(expected_downtime),
+                pages_dirty: found.dirty,
+                pages_left: found.lacking,
+                pages_held: found.held,
+                dirty_rate: verdict.assessment.dirty_rate,
+                throughput: verdict.assessment.throughput,
+                expected_downtime: Some(verdict.assessment.expected_downtime),
             };
             (self.emit)(Event::RoundFinished(report.clone()));
             done.push(report);
             fault::before("source", format_args!("Round"));
-            let Decision::Freeze(why) = decision else {
+            let Course::Freeze { why, switch } = verdict.course else {
                 continue;
             };
+            if self.slow_instead(&verdict, &limits) {
+                since_slowed = measured.len();
+                continue;
+            }
+            let mut predicted = verdict.predicted;
             if !self.is_ready()? {
                 // Nothing is gained by sending the same pages again and again meanwhile.
                 self.wait_until_ready()?;
-                for scan in self.scan()? {
-                    merge(&mut to_send, scan);
+                ledger.found(self.scan()?);
+                looked = Instant::now();
+                // What is owed need not be few. And where no more is left than before, one more round would help no more than
+                // it would have then.
+                if switch == Switch::PreCopy && ledger.lacking() > found.lacking + IDLE_PAGES {
+                    continue;
                 }
-                continue;
+                if switch == Switch::PostCopy {
+                    predicted = expect_post_copy(
+                        self.began.elapsed(),
+                        fixed_downtime,
+                        ledger.lacking(),
+                        verdict.assessment.throughput,
+                    );
+                }
             }
-            self.unsent = to_send
-                .into_iter()
-                .map(|pages| (pages.space, pages.pages))
-                .collect();
+            self.unsent = ledger.into_lacking();
             return Ok(RoundsDone {
                 rounds: done,
                 why,
-                switch: self.switch_at(expected_downtime),
-                predicted: self.predict(expected_downtime),
+                switch,
+                predicted,
             });
         }
     }
 
-    fn switch_at(&self, expected_downtime: Duration) -> Switch {
-        match self.mode {
-            Mode::PreCopy => Switch::PreCopy,
-            Mode::Auto if expected_downtime <= self.plan.downtime_limit => Switch::PreCopy,
-            Mode::Auto | Mode::Hybrid | Mode::PostCopy => Switch::PostCopy,
-        }
-    }
-
-    fn predict(&self, downtime: Duration) -> Prediction {
-        Prediction {
-            downtime,
-            total: self.began.elapsed().saturating_add(downtime),
-            last_page: None,
-        }
+    fn round_trip(&self) -> Duration {
+        self.link.as_ref().map_or(Duration::ZERO, Link::round_trip)
     }
 
     /// No rounds: the container is frozen as soon as everything is ready. In post-copy every page is owed; otherwise there
@@ -175,6 +205,17 @@ impl<S: FrameSink> Handover<'_, S> {
     ) -> Result<RoundsDone, RoundsError> {
         prepare(self).map_err(RoundsError::Prepare)?;
         self.wait_until_ready()?;
+        let tasks = self.container.tasks().map_err(RoundsError::Tasks)?;
+        let memory: u64 = tasks.iter().map(|task| resident_bytes(task.pid)).sum();
+        let pages = memory / PAGE_SIZE;
+        // Nothing has been measured. A limit is at least an upper end.
+        let limit = self.plan.bandwidth_limit;
+        let predicted = expect_post_copy(
+            self.began.elapsed(),
+            fixed_downtime_over(tasks.len(), pages, self.round_trip()),
+            pages,
+            limit.map(|bytes| bytes.get() as f64 / PAGE_SIZE as f64),
+        );
         Ok(RoundsDone {
             rounds: Vec::new(),
             why: FreezeReason::NoRounds,
@@ -182,26 +223,36 @@ impl<S: FrameSink> Handover<'_, S> {
                 Mode::PostCopy => Switch::PostCopy,
                 Mode::PreCopy | Mode::Hybrid | Mode::Auto => Switch::PreCopy,
             },
-            predicted: self.predict(fixed_downtime(1, 0)),
+            predicted,
         })
     }
 
-    fn scan(&mut self) -> Result<Vec<PagesToSend>, RoundsError> {
+    /// Looks at every task. What is found of a space is read through the process that the latest scan names.
+    fn scan(&mut self) -> Result<Pages, RoundsError> {
         let tasks = self.container.tasks().map_err(RoundsError::Tasks)?;
         let Some(tracker) = &mut self.tracker else {
-            return Ok(Vec::new());
+            return Ok(Pages::new());
         };
         let scans = tracker.scan(&tasks, Motion::Running)?;
         self.mapped_files = mapped_files(&scans);
+        self.readers = scans.iter().map(|scan| (scan.space, scan.pid)).collect();
         Ok(scans.into_iter().map(pages_of).collect())
     }
 
-    fn announce_tracking(&self, to_send: &[PagesToSend]) {
+    fn to_send(&self, pages: Pages) -> Vec<PagesToSend> {
+        let with_reader = |(space, pages)| {
+            let pid = *self.readers.get(&space)?;
+            Some(PagesToSend { space, pid, pages })
+        };
+        pages.into_iter().filter_map(with_reader).collect()
+    }
+
+    fn announce_tracking(&self, found: &Pages) {
         let Some(tracker) = &self.tracker else { return };
         (self.emit)(Event::Tracking {
             tracker: name_of(tracker.kind()),
-            processes: u32::try_from(to_send.len()).unwrap_or(u32::MAX),
-            pages: count(to_send),
+            processes: u32::try_from(found.len()).unwrap_or(u32::MAX),
+            pages: ledger::count(found),
         });
     }
 
@@ -212,7 +263,7 @@ impl<S: FrameSink> Handover<'_, S> {
         to_send: &[PagesToSend],
         beside: impl FnOnce(&mut Self) -> Result<(), RoundsError>,
     ) -> Result<crate::migration::report::Sent, RoundsError> {
-        let pages = count(to_send);
+        let pages = to_send.iter().map(|part| part.pages.pages()).sum();
         (self.emit)(Event::RoundStarted { round, pages });
         let progress = Progress::default();
         // The sender works on a thread of its own, so the handover can be worked on meanwhile.
@@ -304,6 +355,12 @@ impl<S: FrameSink> Handover<'_, S> {
 /// Passes over the root filesystem while the container runs: the whole tree, and once what changed during that.
 const LIVE_PASSES: u32 = 2;
 
+/// What a freeze costs without a delta: also the answers to the images and to commit.
+fn fixed_downtime_over(processes: usize, pages: u64, round_trip: Duration) -> Duration {
+    fixed_downtime(u32::try_from(processes).unwrap_or(u32::MAX), pages)
+        .saturating_add(round_trip.saturating_mul(2))
+}
+
 /// The tracker, as reports call it.
 pub(super) fn name_of(kind: TrackerKind) -> TrackerName {
     match kind {
@@ -312,7 +369,7 @@ pub(super) fn name_of(kind: TrackerKind) -> TrackerName {
     }
 }
 
-fn pages_of(scan: SpaceScan) -> PagesToSend {
+fn pages_of(scan: SpaceScan) -> (SpaceId, PageSet) {
     if let Some(why) = &scan.untracked {
         tracing::debug!(
             vpid = scan.vpid,
@@ -320,28 +377,5 @@ fn pages_of(scan: SpaceScan) -> PagesToSend {
             "not tracked yet: all its pages count as dirty"
         );
     }
-    PagesToSend {
-        space: scan.space,
-        pid: scan.pid,
-        pages: scan.dirty,
-    }
-}
-
-fn count(to_send: &[PagesToSend]) -> u64 {
-    to_send.iter().map(|pages| pages.pages.pages()).sum()
-}
-
-/// Adds what a later scan found to what an earlier one found and nobody sent.
-fn merge(to_send: &mut Vec<PagesToSend>, later: PagesToSend) {
-    let mut by_space: BTreeMap<SpaceId, &mut PagesToSend> = to_send
-        .iter_mut()
-        .map(|pages| (pages.space, pages))
-        .collect();
-    match by_space.get_mut(&later.space) {
-        Some(earlier) => {
-            earlier.pid = later.pid;
-            earlier.pages.extend(&later.pages);
-        }
-        None => to_send.push(later),
-    }
+    (scan.space, scan.dirty)
 }

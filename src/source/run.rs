@@ -16,7 +16,7 @@ use super::rootfs_copy::{RootfsCopy, RootfsCopyError};
 use super::rounds::{RoundsDone, RoundsError, name_of};
 use super::send::{FrameSink, Sender};
 use super::settle::connector;
-use super::tracker::{TrackError, Tracker, Trackers};
+use super::tracker::{Bystander, TrackError, Tracker, Trackers};
 use crate::chain::one_line;
 use crate::criu::binary::{Criu, NoCriu};
 use crate::criu::kernel_cache::{KernelCache, KernelCacheError};
@@ -179,7 +179,10 @@ pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<
         .mode(0o700)
         .create(&work_dir)
         .map_err(system("making the working directory"))?;
-    report.tracker = tracker.as_ref().map(|tracker| name_of(tracker.kind()));
+    report.tracker = tracker
+        .as_ref()
+        .filter(|_| report.mode != Mode::PostCopy)
+        .map(|tracker| name_of(tracker.kind()));
     let guard = Guard::start(&plan.program, &plan.state_dir, migration);
 
     let sinks = link.page_queues(plan.page_streams);
@@ -188,7 +191,7 @@ pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<
     let prestart = Prestart {
         config: container.spec.to_string(),
         stdio: survey.stdio,
-        pages_apart: tracker.is_some() || report.mode == Mode::PostCopy,
+        pages_apart: tracker.is_some(),
     };
     let network_lock = if survey.speaks_tcp {
         NetworkLock::Nftables
@@ -235,10 +238,10 @@ pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<
         (Err(error), _) => Err(RoundsError::Prepare(error.to_string())),
         (_, Some(error)) => Err(RoundsError::Prepare(error)),
         (Ok(guard), None) => {
-            let done = if handover.tracker.is_some() {
-                handover.rounds(&mut prepare)
-            } else {
+            let done = if report.mode == Mode::PostCopy || handover.tracker.is_none() {
                 handover.no_rounds(&mut prepare)
+            } else {
+                handover.rounds(&mut prepare)
             };
             done.map(|done| (guard, done))
         }
@@ -270,14 +273,19 @@ pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<
     Ok(report)
 }
 
-/// The tracker for the rounds, if there will be any. Where none works `auto` may yet do without: then the reason is returned.
+/// The tracker for the rounds, or for post-copy, which has none, a bystander. Where none works `auto` may yet do without: then the reason is returned.
 fn open_tracker(plan: &Plan, skeleton: bool) -> Result<OpenedTracker, TrackError> {
-    if !skeleton || plan.mode == Mode::PostCopy {
+    if !skeleton {
         return Ok((None, None));
+    }
+    if plan.mode == Mode::PostCopy {
+        return Ok((Some(Box::new(Bystander)), None));
     }
     match Trackers::find().open(plan.tracker) {
         Ok(tracker) => Ok((Some(tracker), None)),
-        Err(error) if plan.mode == Mode::Auto && plan.tracker.is_none() => Ok((None, Some(error))),
+        Err(error) if plan.mode == Mode::Auto && plan.tracker.is_none() => {
+            Ok((Some(Box::new(Bystander)), Some(error)))
+        }
         Err(error) => Err(error),
     }
 }
@@ -416,6 +424,7 @@ fn conclude(
     report.downtime = timeline.downtime(began.elapsed());
     report.memory_bytes = ended.memory_bytes;
     report.dump = ended.dump;
+    report.slowed_percent = ended.slowed;
     if let Some(delta) = &ended.delta {
         report.sent = report.sent.plus(delta.sent);
     }
@@ -483,6 +492,7 @@ impl Report {
             rounds_ended: None,
             switch: None,
             predicted: None,
+            slowed_percent: None,
             delta: None,
             sent: Sent::default(),
             memory_bytes: 0,
@@ -542,4 +552,51 @@ fn new_migration() -> Result<MigrationId, RunError> {
 
 fn system(doing: &'static str) -> impl Fn(io::Error) -> RunError {
     move |source| RunError::System { doing, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOSTS: PostCopyNeeds = PostCopyNeeds {
+        skeleton: true,
+        lazy: true,
+    };
+
+    fn no_tracker() -> Option<TrackError> {
+        Some(TrackError::NoTracker {
+            uffd_wp: "no WP_ASYNC".into(),
+            soft_dirty: "no CONFIG_MEM_SOFT_DIRTY".into(),
+        })
+    }
+
+    #[test]
+    fn without_a_tracker_auto_is_post_copy_and_says_why() {
+        let (mode, why) = choose_mode(Mode::Auto, HOSTS, no_tracker()).expect("post-copy can");
+        assert_eq!(mode, Mode::PostCopy);
+        assert!(why.is_some_and(|why| why.contains("WP_ASYNC")));
+    }
+
+    #[test]
+    fn without_a_tracker_and_without_lazy_pages_there_is_no_way() {
+        let hosts = PostCopyNeeds {
+            lazy: false,
+            ..HOSTS
+        };
+        let chosen = choose_mode(Mode::Auto, hosts, no_tracker());
+        assert!(matches!(chosen, Err(NoMode::Untracked(_))), "{chosen:?}");
+    }
+
+    #[test]
+    fn auto_without_lazy_pages_is_pre_copy_and_says_why() {
+        let hosts = PostCopyNeeds {
+            lazy: false,
+            ..HOSTS
+        };
+        let (mode, why) = choose_mode(Mode::Auto, hosts, None).expect("pre-copy always can");
+        assert_eq!(mode, Mode::PreCopy);
+        assert_eq!(why.as_deref(), hosts.lacks());
+        let refused = choose_mode(Mode::Hybrid, hosts, None);
+        assert!(matches!(refused, Err(NoMode::Refused(_))), "{refused:?}");
+    }
 }

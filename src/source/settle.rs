@@ -13,6 +13,7 @@ use crate::migration::handoff::source::SourceRecord;
 use crate::migration::handoff::{Course, SourceAction, SourceEvent, SourceState};
 use crate::migration::journal::{self, FoldError, Leftover, Record, Recovered, RecoveredSource};
 use crate::migration::{JournalId, MigrationId, PeerAddress};
+use crate::runtime::cpu_quota::{self, QuotaError, Slowed};
 use crate::runtime::runc::Runc;
 use crate::runtime::{Freezer, Task};
 use crate::transport::{Connector, Identity, Settings, TrustStore};
@@ -242,6 +243,13 @@ struct Recovery<'a> {
 
 impl Recovery<'_> {
     fn run(mut self, patience: Duration) -> Settled {
+        // Whatever became of it, and even if that stays unknown: nothing is slowed for a migration that is over.
+        if self.same_boot() {
+            self.tidy(
+                "give the container its CPU quota back",
+                self.restore_quota(),
+            );
+        }
         let began = Instant::now();
         let mut course = Course::<SourceState>::recover(self.recovered.last);
         while let Some(action) = course.next_action() {
@@ -364,6 +372,25 @@ impl Recovery<'_> {
         tracing::info!(%reason, "served owed pages");
         self.reason = reason;
         event
+    }
+
+    fn restore_quota(&self) -> Result<(), QuotaError> {
+        let steps = self.recovered.leftovers.iter();
+        let steps: Vec<Slowed> = steps
+            .filter_map(|leftover| match leftover {
+                Leftover::CpuQuota {
+                    file,
+                    original,
+                    lowered,
+                } => Some(Slowed {
+                    file: file.clone(),
+                    original: original.clone(),
+                    lowered: lowered.clone(),
+                }),
+                _ => None,
+            })
+            .collect();
+        cpu_quota::restore(&steps)
     }
 
     fn write(&mut self, record: &Record) -> Option<SourceEvent> {

@@ -26,14 +26,14 @@ use crate::criu::hook::{HookServer, WaitingHook};
 use crate::criu::kernel_cache::KernelCache;
 use crate::fault;
 use crate::journal::{Journal, JournalDir, JournalName};
-use crate::migration::JournalId;
 use crate::migration::event::Side;
 use crate::migration::handoff::{Course, TargetAction, TargetEvent, TargetState};
 use crate::migration::journal::{Record, TargetOpened};
+use crate::migration::{ContainerId, JournalId};
 use crate::runtime::home::home_of;
 use crate::runtime::runc::Runc;
 use crate::transport::{BlockingStream, Connection, ControlSender, TransportError, TwoWay};
-use crate::wire::message::{self, Begin, Fate, Manifest, Message, RootfsMode};
+use crate::wire::message::{self, Begin, Fate, Manifest, Message, Requirements, RootfsMode};
 use crate::wire::peer_error::PeerError;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
@@ -88,6 +88,8 @@ pub enum Signal {
     },
     /// The source is back on another connection and has what the copy is owed.
     Resume(Resumption),
+    /// The agent wants to stop. A copy whose source is away is left to its pager, and to the next agent.
+    Leave,
     /// CRIU holds the restored copy.
     Hook(WaitingHook),
     /// A hook that was held is gone without an answer.
@@ -117,12 +119,14 @@ impl std::fmt::Debug for Resumption {
 /// One arrival.
 pub struct Arrival<'a> {
     host: &'a Host,
-    begin: &'a Begin,
+    container: ContainerId,
+    /// What the source said it needs; `None` for a copy that was taken over when it ran.
+    requirements: Option<&'a Requirements>,
     journal: Journal,
     journal_id: JournalId,
     control: Option<ControlSender>,
     /// The connection that `control` is on, and its number.
-    connection: Connection,
+    connection: Option<Connection>,
     link: u32,
     runtime: Handle,
     signals: Signals<Signal>,
@@ -132,7 +136,8 @@ pub struct Arrival<'a> {
     /// What the restore makes, to be removed if the runtime cannot.
     cgroups: Vec<PathBuf>,
     store: Arc<PageStore>,
-    receiver: Receiver,
+    /// `None` for a copy that was taken over when it ran.
+    receiver: Option<Receiver>,
     course: Course<TargetState>,
     askers: Vec<Sender<Fate>>,
     pages_apart: bool,
@@ -146,6 +151,8 @@ pub struct Arrival<'a> {
     owing: Option<Owing>,
     /// The copy ended because its pages were lost.
     lost: bool,
+    /// The agent wants to stop.
+    leaving: bool,
     deadline: Option<Instant>,
     reason: Option<(PeerError, String)>,
     manifest: Option<Manifest>,
@@ -235,11 +242,12 @@ impl<'a> Arrival<'a> {
         );
         let arrival = Arrival {
             host,
-            begin,
+            container: begin.container.clone(),
+            requirements: Some(&begin.requirements),
             journal,
             journal_id: journals.id(),
             control: Some(control),
-            connection: connection.clone(),
+            connection: Some(connection.clone()),
             link: 0,
             runtime: runtime.clone(),
             signals,
@@ -248,7 +256,7 @@ impl<'a> Arrival<'a> {
             home,
             cgroups: Vec::new(),
             store,
-            receiver,
+            receiver: Some(receiver),
             course: Course::start(),
             askers: Vec::new(),
             pages_apart: false,
@@ -259,6 +267,7 @@ impl<'a> Arrival<'a> {
             armed: false,
             owing: None,
             lost: false,
+            leaving: false,
             deadline: None,
             reason: None,
             manifest: None,
@@ -267,7 +276,7 @@ impl<'a> Arrival<'a> {
             filled: false,
         };
         if begin.requirements.rootfs == RootfsMode::Copied {
-            arrival.receive_rootfs(connection)?;
+            arrival.receive_rootfs(connection, begin.requirements.rootfs_bytes)?;
         }
         Ok(arrival)
     }
@@ -283,6 +292,10 @@ impl<'a> Arrival<'a> {
                     && (self.lost || self.owing.as_ref().is_none_or(Owing::is_over)) =>
                 {
                     break;
+                }
+                None if self.leaving && self.is_stranded() => {
+                    tracing::info!(container = %self.container, "its source is away: it is left to its pager");
+                    return self.course.state();
                 }
                 None => self.next_event(),
             };
@@ -328,7 +341,7 @@ impl<'a> Arrival<'a> {
             );
             return Some(TargetEvent::Timeout);
         }
-        if let Some(error) = self.receiver.failure()
+        if let Some(error) = self.receiver.as_ref().and_then(Receiver::failure)
             && !self.course.state().is_settled()
             && self.course.state() == TargetState::Receiving
         {
@@ -409,6 +422,10 @@ impl<'a> Arrival<'a> {
                 self.resume(resumption);
                 None
             }
+            Signal::Leave => {
+                self.leaving = true;
+                None
+            }
             Signal::Heard {
                 said: Err(error), ..
             } => {
@@ -451,14 +468,10 @@ impl<'a> Arrival<'a> {
 
     fn event_of_message(&mut self, message: Message) -> Option<TargetEvent> {
         let done = match message {
-            Message::RoundEnd(end) => self
-                .receiver
-                .wait_for_frames(&end.frames_per_stream, ARRIVAL_PATIENCE)
-                .map_err(|error| (PeerError::ReceiveFailed, error.to_string()))
-                .map(|()| {
-                    self.say(message::RoundReceived { round: end.round });
-                    None
-                }),
+            Message::RoundEnd(end) => self.frames_are_here(&end.frames_per_stream).map(|()| {
+                self.say(message::RoundReceived { round: end.round });
+                None
+            }),
             Message::Prestart(prestart) => self.prestart(&prestart).map(|()| None),
             Message::Manifest(manifest) => self
                 .everything_is_here(manifest)
@@ -531,7 +544,7 @@ impl<'a> Arrival<'a> {
                 None
             }
             TargetAction::KillCopy => {
-                tracing::error!(container = %self.begin.container, "its missing pages are lost: the container is killed");
+                tracing::error!(container = %self.container, "its missing pages are lost: the container is killed");
                 self.lost = self.owing.as_ref().is_some_and(|owing| !owing.is_whole());
                 if let Some(owing) = &mut self.owing {
                     owing.detach();
@@ -552,7 +565,7 @@ impl<'a> Arrival<'a> {
                     .reason
                     .clone()
                     .unwrap_or((PeerError::Internal, String::new()));
-                tracing::info!(container = %self.begin.container, %code, text, "rolled back");
+                tracing::info!(container = %self.container, %code, text, "rolled back");
                 self.say(message::RolledBack {
                     code,
                     text: text.as_str().into(),
@@ -567,13 +580,10 @@ impl<'a> Arrival<'a> {
         }
     }
 
-    fn receive_rootfs(&self, connection: &Connection) -> Result<(), String> {
+    fn receive_rootfs(&self, connection: &Connection, rootfs_bytes: u64) -> Result<(), String> {
         let limits = Limits {
             // Files grow while they are copied; what a peer says it needs is held to twice.
-            bytes: self
-                .begin
-                .requirements
-                .rootfs_bytes
+            bytes: rootfs_bytes
                 .saturating_mul(2)
                 .saturating_add(ROOTFS_RESERVE),
             entries: Limits::MAX_ENTRIES,
@@ -607,7 +617,7 @@ impl<'a> Arrival<'a> {
     fn copy(&self) -> Copy<'_> {
         Copy {
             runc: &self.host.runc,
-            id: self.begin.container.as_str(),
+            id: self.container.as_str(),
             home: &self.home,
             work: &self.work,
             cgroups: &self.cgroups,

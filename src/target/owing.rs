@@ -168,6 +168,11 @@ impl Owing {
         self.link = Link::None;
     }
 
+    /// Whether pages are missing and nobody brings them.
+    pub fn is_alone(&self) -> bool {
+        matches!(self.link, Link::None)
+    }
+
     /// Whether nothing is needed of the source any more.
     pub fn is_whole(&self) -> bool {
         matches!(self.link, Link::Whole { .. })

@@ -547,6 +547,28 @@ impl PageStore {
             .ok_or(PageStoreError::UnknownSpace(id))
     }
 
+    /// Takes a space over from a store whose process died: its memfd, and the pages that were owed to it.
+    pub fn adopt(&self, id: SpaceId, memfd: OwnedFd, owed: PageSet) -> Result<(), PageStoreError> {
+        let mut spaces = self.spaces.write().unwrap_or_else(PoisonError::into_inner);
+        if spaces.len() >= self.limits.spaces {
+            return Err(PageStoreError::TooManySpaces {
+                space: id,
+                limit: self.limits.spaces,
+            });
+        }
+        let known = Known {
+            owed,
+            ..Known::default()
+        };
+        let space = Space {
+            id,
+            memfd: memfd.into(),
+            known: Mutex::new(known),
+        };
+        spaces.insert(id, Arc::new(space));
+        Ok(())
+    }
+
     fn space_or_new(&self, id: SpaceId) -> Result<Arc<Space>, PageStoreError> {
         if let Ok(space) = self.space(id) {
             return Ok(space);

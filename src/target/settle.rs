@@ -1,12 +1,15 @@
 //! Ending the migrations that a crash of the agent left at the target, and answering for those that ended before.
 
+use super::pager::{self, Adopted, DONE_MARK, SUPPLY_SOCKET};
 use super::remains::{Copy, Found, end_restore};
 use crate::journal::{Journal, JournalDir, JournalError, JournalName};
 use crate::migration::MigrationId;
 use crate::migration::event::Side;
 use crate::migration::handoff::target::TargetRecord;
 use crate::migration::handoff::{Course, TargetAction, TargetEvent, TargetState};
-use crate::migration::journal::{self, FoldError, Leftover, Record, Recovered, RecoveredTarget};
+use crate::migration::journal::{
+    self, FoldError, Leftover, OwedTask, Record, Recovered, RecoveredTarget, TargetOpened,
+};
 use crate::runtime::Task;
 use crate::runtime::home::home_of;
 use crate::runtime::runc::Runc;
@@ -21,6 +24,9 @@ const PAUSE: Duration = Duration::from_millis(500);
 
 /// How long a settling may take until it is reported as not done.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long a pager may take to see that its agent is gone, and to hand itself over.
+const ADOPTION_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why a migration could not be settled.
 #[derive(Debug, Error)]
@@ -83,6 +89,8 @@ pub enum Settled {
     Already,
     /// It was ended now.
     Now(Fate),
+    /// The copy runs and is owed pages: an agent has to take its pager over.
+    Owing,
 }
 
 /// Settles the migration `migration` to here. `None` if there is none or it is still running.
@@ -102,6 +110,9 @@ pub fn settle(state_dir: &Path, migration: MigrationId) -> Result<Option<Settled
     let Recovered::Target(recovered) = fold(migration, &records)? else {
         return Ok(None);
     };
+    if recovered.last == TargetRecord::Released && waits_for_pages(&recovered) {
+        return Ok(Some(Settled::Owing));
+    }
     let settled = matches!(
         recovered.last,
         TargetRecord::Released | TargetRecord::Aborted
@@ -121,7 +132,85 @@ pub fn settle(state_dir: &Path, migration: MigrationId) -> Result<Option<Settled
         journal,
         reason: String::new(),
     };
-    recovery.run().map(|fate| Some(Settled::Now(fate)))
+    let owing = waits_for_pages(&recovered);
+    recovery.run().map(|fate| {
+        Some(match fate {
+            Fate::Committed if owing => Settled::Owing,
+            fate => Settled::Now(fate),
+        })
+    })
+}
+
+/// Whether the copy may be waiting for pages. After a restart of this host there is no copy any more.
+fn waits_for_pages(recovered: &RecoveredTarget) -> bool {
+    !recovered.owed.is_empty()
+        && recovered.opened.work_dir.exists()
+        && crate::kernel::boot_id().is_ok_and(|now| now == recovered.opened.boot_id)
+}
+
+/// A copy that runs and is owed pages, whose agent died.
+#[derive(Debug)]
+pub struct Orphan {
+    /// Its journal, which nobody else has now.
+    pub journal: Journal,
+    /// Who and where.
+    pub opened: TargetOpened,
+    /// Who is owed.
+    pub owed: Vec<OwedTask>,
+    /// Its pager; `None` if that brought every page to its place and left.
+    pub adopted: Option<Adopted>,
+}
+
+/// Takes a copy over that [`settle`] found owing. `None` if it is not, or another process has it.
+///
+/// A copy whose pager is gone is killed: its missing pages would read as zeros.
+pub fn adopt(state_dir: &Path, migration: MigrationId) -> Result<Option<Orphan>, SettleError> {
+    let name = JournalName {
+        migration,
+        side: Side::Target,
+    };
+    let (journal, records) = match JournalDir::open(state_dir)?.reopen(name) {
+        Err(JournalError::InUse { .. }) => return Ok(None),
+        opened => opened?,
+    };
+    let Recovered::Target(recovered) = fold(migration, &records)? else {
+        return Ok(None);
+    };
+    if recovered.last != TargetRecord::Released || !waits_for_pages(&recovered) {
+        return Ok(None);
+    }
+    let work = &recovered.opened.work_dir;
+    let deadline = Instant::now() + ADOPTION_PATIENCE;
+    let adopted = loop {
+        if work.join(DONE_MARK).exists() {
+            break None;
+        }
+        match pager::adopt(&work.join(SUPPLY_SOCKET), ADOPTION_PATIENCE) {
+            Ok(adopted) => break Some(adopted),
+            // It opens its socket when it sees the end of its agent.
+            Err(_) if Instant::now() < deadline => thread::sleep(Duration::from_millis(20)),
+            Err(error) => {
+                tracing::error!(container = %recovered.opened.container, %error, "its pager is gone with pages missing: the container is killed");
+                let runc = Runc::new(&recovered.opened.runtime_root);
+                let home = home_of(state_dir, recovered.opened.container.as_str());
+                Copy {
+                    runc: &runc,
+                    id: recovered.opened.container.as_str(),
+                    home: &home,
+                    work,
+                    cgroups: &[],
+                }
+                .kill();
+                return Ok(None);
+            }
+        }
+    };
+    Ok(Some(Orphan {
+        journal,
+        opened: recovered.opened,
+        owed: recovered.owed,
+        adopted,
+    }))
 }
 
 fn fold(migration: MigrationId, records: &[Record]) -> Result<Recovered, SettleError> {
@@ -155,7 +244,8 @@ impl Recovery<'_> {
                 });
             }
         }
-        if let Err(error) = self.copy().remove_work() {
+        let waits = course.state() == TargetState::Released && waits_for_pages(self.recovered);
+        if !waits && let Err(error) = self.copy().remove_work() {
             tracing::warn!(%error, "the working directory stays");
         }
         Ok(match course.state() {

@@ -6,4 +6,5 @@
 mod at_commit;
 mod before_commit;
 mod refusal;
+mod slowed;
 mod stage;

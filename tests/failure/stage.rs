@@ -76,6 +76,13 @@ impl<'h> Stage<'h> {
         self.a.spawn("env", [environment, &command].concat())
     }
 
+    /// Starts to move `web` with further options.
+    pub fn start_move_with(&self, options: &[&str], environment: &[&str]) -> Result<Running> {
+        let to = format!("{}:7070", self.link.second());
+        let command = [&["migrate", "--to", &to], options, &["web"]].concat();
+        self.a.spawn("env", [environment, &command].concat())
+    }
+
     /// Waits for the end of a command and compares its exit code.
     pub fn expect_exit(&self, command: &mut Running, code: i32) -> Result<()> {
         let status = command.wait(LIMIT)?;

@@ -517,12 +517,20 @@ fn a_pager_killed_among_events_leaves_the_right_bytes_or_no_container() {
         scene.task().say(&format!("stress 4000 {seed}"));
         std::thread::sleep(Duration::from_millis(seed * 3));
         kill(pager);
-        // The task's own model of its memory decides; if events were lost it was killed before it could see anything.
+        // The task's own model of its memory decides. If events were lost it is killed; only a child whose userfaultfd was
+        // lost with the fork may have looked before that.
         let answer = scene.task().answer();
         assert_ends(standby);
         let killed = scene.directory.path().join("pager-death.json").exists();
         println!("seed {seed}: {answer:?}, events lost: {killed}");
-        assert_eq!(answer, if killed { "" } else { "ok" }, "seed {seed}");
+        if killed {
+            assert!(
+                ["", "wrong in a child"].contains(&&*answer),
+                "seed {seed}: {answer}"
+            );
+        } else {
+            assert_eq!(answer, "ok", "seed {seed}");
+        }
     }
 }
 

@@ -777,3 +777,27 @@ fn a_pager_that_dies_while_it_is_adopted_is_adopted_in_its_standby() {
         assert_eq!(orphaned.store.memory_in_use().expect("measured"), 0);
     }
 }
+
+#[test]
+fn a_signal_while_the_kernel_waits_for_a_page_keeps_the_pager_from_nothing() {
+    let (mut scene, bringer) = owing(&[512, 512], all_of, nothing);
+    scene.task().say("signalwrite 10");
+    let asked = bringer.next_want(PATIENCE).expect("a request");
+    // The kernel lets the thread fault without end from the signal on.
+    std::thread::sleep(Duration::from_millis(300));
+    let before = ticks(scene.pager_pid());
+    assert!(!scene.task().answers_within(Duration::from_millis(1000)));
+    let computed = ticks(scene.pager_pid()) - before;
+    assert!(computed < 20, "{computed} ticks of 100 spent on waiting");
+    assert_eq!(bringer.next_want(Duration::from_millis(20)), None);
+    scene.tasks[1].say("check 20 1 20");
+    let other = bringer.next_want(PATIENCE).expect("a request");
+    assert_eq!(other, (2, pages(20, 4)));
+    bringer.bring(2, other.1);
+    assert_eq!(scene.tasks[1].answer(), "ok");
+    bringer.bring(asked.0, asked.1);
+    assert_eq!(scene.task().answer(), "ok");
+    let working = bringer.work(true);
+    scene.done();
+    working.stop();
+}

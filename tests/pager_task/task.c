@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -243,6 +244,12 @@ static void stress(long ops)
 	free(home);
 }
 
+static volatile sig_atomic_t signals;
+static void on_signal(int number)
+{
+	signals = number;
+}
+
 static int connects_in_vain(const char *path)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -366,6 +373,21 @@ int main(int argc, char **argv)
 				wrong |= status;
 			}
 			dprintf(1, wrong ? "wrong in a child\n" : "ok\n");
+		} else if (sscanf(line, "signalwrite %ld", &a) == 1) {
+			/* The kernel itself meets the missing page, and a signal comes while it waits. */
+			struct sigaction action = {.sa_handler = on_signal};
+			int through[2];
+			uint64_t got[WORDS];
+			if (sigaction(SIGALRM, &action, NULL) || pipe(through))
+				die("sigaction or pipe");
+			ualarm(100000, 0);
+			ssize_t wrote = write(through[1], base + a * PAGE, PAGE);
+			if (wrote != PAGE)
+				dprintf(1, "wrote %zd: %s\n", wrote, strerror(errno));
+			else if (read(through[0], got, PAGE) != PAGE || got[1] != word(a, 1))
+				dprintf(1, "wrong page\n");
+			else
+				dprintf(1, signals ? "ok\n" : "no signal\n");
 		} else if (sscanf(line, "latency %ld %ld", &a, &b) == 2) {
 			rng = b;
 			latency(a);

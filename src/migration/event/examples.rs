@@ -57,6 +57,7 @@ fn the_examples_leave_no_event_out() {
         | Event::RoundStarted { .. }
         | Event::RoundProgress { .. }
         | Event::RoundFinished(_)
+        | Event::Slowed { .. }
         | Event::Freezing { .. }
         | Event::Frozen { .. }
         | Event::Delta(_)
@@ -72,7 +73,7 @@ fn the_examples_leave_no_event_out() {
         | Event::RolledBack { .. }
         | Event::Unknown { .. }
         | Event::Filled { .. }
-        | Event::Done { .. } => 24,
+        | Event::Done { .. } => 25,
     };
     assert_eq!(kinds.len(), count);
 }
@@ -101,6 +102,8 @@ fn round(number: u32, pages: u64, duration: Duration, pages_dirty: u64) -> Round
         },
         duration,
         pages_dirty,
+        pages_left: pages_dirty,
+        pages_held: 0,
         dirty_rate: 12800.0,
         throughput: Some(200000.0),
         expected_downtime: Some(ms(184.5)),
@@ -131,7 +134,7 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
     };
     let predicted = Prediction {
         downtime: ms(184.5),
-        total: ms(2996.6),
+        total: Some(ms(2996.6)),
         last_page: None,
     };
     let report = Report {
@@ -146,6 +149,7 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
         rounds_ended: Some(FreezeReason::Converged),
         switch: Some(Switch::PreCopy),
         predicted: Some(predicted),
+        slowed_percent: None,
         delta: Some(delta()),
         sent: first.sent.plus(delta().sent),
         memory_bytes: 2147483648,
@@ -227,6 +231,7 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
             },
         ),
         (2812.0, Event::RoundFinished(first)),
+        (2812.0, Event::Slowed { percent: 50 }),
         (
             2812.1,
             Event::Freezing {

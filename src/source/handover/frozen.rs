@@ -322,6 +322,8 @@ impl<S: FrameSink> Handover<'_, S> {
             sent: Sent::default(),
             duration: Duration::ZERO,
             pages_dirty: 0,
+            pages_left: 0,
+            pages_held: 0,
             dirty_rate: 0.0,
             throughput: None,
             expected_downtime: None,

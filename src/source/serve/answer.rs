@@ -14,10 +14,9 @@ const FIRST_STREAM: u16 = 0;
 /// Below this many bytes per second, compressing an answer takes less time than it saves.
 const SLOW_LINK: f64 = 200e6;
 
-/// Answers until the target ends the stream, which it does after saying that all has come.
+/// Answers until the target says that all has come, on this stream or another.
 pub(super) async fn answer(
-    mut pages: PageSender,
-    mut requests: RequestReceiver,
+    (pages, requests): &mut (PageSender, RequestReceiver),
     shared: &Shared,
     connection: &Connection,
 ) -> Result<(), ServeError> {
@@ -62,17 +61,17 @@ pub(super) async fn answer(
                 state.books.complete()?;
                 drop(state);
                 shared.end(Ok(()));
-                continue;
+                return Ok(());
             }
         }
         shared.changed.notify_all();
     }
-    if !matches!(shared.lock().end, Some(Ok(()))) && pages.index() == FIRST_STREAM {
-        return Err(Breach::OutOfPlace("the end of the fault streams").into());
+    // It has a reason to end streams only after it has said that all has come.
+    if matches!(shared.lock().end, Some(Ok(()))) {
+        Ok(())
+    } else {
+        Err(Breach::OutOfPlace("the end of a fault stream").into())
     }
-    // An error here would be the connection's, and all has come.
-    let _ = pages.finish();
-    Ok(())
 }
 
 /// How answers are encoded: they are small, so only a slow link is worth it.

@@ -194,13 +194,7 @@ impl PageServer {
         let (shared, connection) = (Arc::clone(&self.shared), connection.clone());
         let thread = thread::Builder::new()
             .name("serve-pages".to_owned())
-            .spawn(move || {
-                let served = serve(&shared, &connection);
-                if let Err(error) = &served {
-                    connection.close(error.as_peer_error());
-                }
-                served
-            })
+            .spawn(move || serve(&shared, &connection))
             .map_err(ServeError::Thread)?;
         Ok(Serving {
             shared: self.shared,
@@ -273,24 +267,29 @@ fn serve(shared: &Arc<Shared>, connection: &Connection) -> Result<(), ServeError
         }
         Ok::<_, TransportError>((faults, connection.open_pages(0).await?))
     });
-    let (faults, pages) = opened?;
+    let (faults, mut pages) = opened?;
     let answering: Vec<_> = faults
         .into_iter()
         .map(|(pages, requests)| {
             let (shared, connection) = (Arc::clone(shared), connection.clone());
             runtime.spawn(async move {
-                if let Err(error) = answer::answer(pages, requests, &shared, &connection).await {
+                let mut stream = (pages, requests);
+                if let Err(error) = answer::answer(&mut stream, &shared, &connection).await {
+                    // Before the stream is dropped, which would end it as if all were well.
+                    connection.close(error.as_peer_error());
                     shared.end(Err(error));
                 }
             })
         })
         .collect();
-    let pushed = push::push(pages, shared, runtime);
+    let pushed = push::push(&mut pages, shared, runtime);
+    if let Err(error) = &pushed {
+        connection.close(error.as_peer_error());
+    }
+    // Streams that are dropped now end well if the connection is open: everything has arrived.
     for task in answering {
-        if pushed.is_err() {
-            task.abort();
-        }
-        // Aborted, or ended by the target's end of the stream.
+        task.abort();
+        // Cancelled, or over before.
         let _ = runtime.block_on(task);
     }
     pushed

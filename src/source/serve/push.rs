@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 
 /// Pushes until the end, on the calling thread.
 pub(super) fn push(
-    mut pages: PageSender,
+    pages: &mut PageSender,
     shared: &Shared,
     runtime: &Handle,
 ) -> Result<(), ServeError> {
@@ -21,12 +21,7 @@ pub(super) fn push(
     loop {
         let batch = match next(shared, &mut chooser) {
             Next::Batch(batch) => batch,
-            Next::End(Ok(())) => {
-                // An error here would be the connection's, and all has come.
-                let _ = pages.finish();
-                return Ok(());
-            }
-            Next::End(error) => return error,
+            Next::End(end) => return end,
         };
         let codec = chooser.choose();
         let start = Instant::now();

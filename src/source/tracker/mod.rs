@@ -22,11 +22,13 @@
 //! One writer is outside this promise: a device writing into memory pinned before a scan (an `O_DIRECT` read that was in
 //! flight) sets no bit in any page table. CRIU's own pre-dump has the same hole.
 
+mod bystander;
 mod choice;
 mod sharing;
 mod soft_dirty;
 mod uffd_wp;
 
+pub use bystander::Bystander;
 pub use choice::{Objection, Trackers};
 
 use crate::kernel::address_space::CompareError;

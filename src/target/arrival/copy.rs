@@ -10,10 +10,11 @@ use crate::migration::journal::{Leftover, ProcessName, Record};
 use crate::runtime::{Task, cgroup};
 use crate::target::compose::{Delivery, compose};
 use crate::target::pager::{PagerHandle, TaskMemory};
+use crate::target::receive::Receiver;
 use crate::target::remains::Found;
 use crate::target::restore::{INVENTORY, Restore};
 use crate::target::stdio;
-use crate::wire::message::{Begin, Manifest, Prestart};
+use crate::wire::message::{Manifest, Prestart, Requirements};
 use crate::wire::peer_error::PeerError;
 use std::fs::{self};
 use std::path::{Path, PathBuf};
@@ -33,12 +34,12 @@ impl Arrival<'_> {
         self.pages_apart = prestart.pages_apart;
         let lazy = self.is_lazy();
         let (images, work) = (self.work.join("images"), self.work.join("work"));
-        let config = config_for(prestart, &self.home, self.begin)
+        let config = config_for(prestart, &self.home, self.requirements)
             .map_err(|error| fail("config.json", &error))?;
         fs::write(self.home.join("config.json"), config.to_string())
             .map_err(|error| fail("writing config.json", &error))?;
         // On record before the runtime makes them: killed early, it does not know what it made.
-        self.cgroups = cgroup::about_to_be_made(&config, self.begin.container.as_str())
+        self.cgroups = cgroup::about_to_be_made(&config, self.container.as_str())
             .map_err(|error| fail("looking at the cgroups", &error))?;
         for path in self.cgroups.clone() {
             self.journal
@@ -96,7 +97,7 @@ impl Arrival<'_> {
             annotated.as_deref(),
             Some(&self.host.cache.file),
         );
-        let id = self.begin.container.as_str();
+        let id = self.container.as_str();
         let restore = Restore::prestart(
             &self.host.runc,
             &environment,
@@ -122,14 +123,24 @@ impl Arrival<'_> {
             .map_err(|error| fail("journal", &error))
     }
 
+    fn receiver(&self) -> Result<&Receiver, (PeerError, String)> {
+        let none = || (PeerError::Unexpected, "the copy runs already".to_string());
+        self.receiver.as_ref().ok_or_else(none)
+    }
+
+    /// Waits until every announced frame is in the page store.
+    pub(super) fn frames_are_here(&self, frames: &[u64]) -> Result<(), (PeerError, String)> {
+        self.receiver()?
+            .wait_for_frames(frames, ARRIVAL_PATIENCE)
+            .map_err(|error| (PeerError::ReceiveFailed, error.to_string()))
+    }
+
     pub(super) fn everything_is_here(
         &mut self,
         manifest: Manifest,
     ) -> Result<(), (PeerError, String)> {
-        self.receiver
-            .wait_for_frames(&manifest.frames_per_stream, ARRIVAL_PATIENCE)
-            .map_err(|error| (PeerError::ReceiveFailed, error.to_string()))?;
-        self.receiver
+        self.frames_are_here(&manifest.frames_per_stream)?;
+        self.receiver()?
             .wait_for_files(&manifest.image_files, ARRIVAL_PATIENCE)
             .map_err(|error| (PeerError::ImagesUnusable, error.to_string()))?;
         self.manifest = Some(manifest);
@@ -172,14 +183,9 @@ impl Arrival<'_> {
         let fill_failed =
             |error: &dyn std::fmt::Display| (PeerError::FillFailed, error.to_string());
         if let Some(pager) = &mut self.pager {
-            let cgroups = self
-                .restore
-                .as_ref()
-                .map(|restore| cgroups_of(restore.pid()))
-                .unwrap_or_default();
             pager.set_supply_patience(Duration::from_secs(manifest.reconnect_s.into()));
             pager
-                .serve(tasks, &cgroups, PAGER_PATIENCE)
+                .serve(tasks, &self.cgroups, PAGER_PATIENCE)
                 .map_err(|error| fill_failed(&error))?;
         }
         if !debts.is_empty() {
@@ -268,11 +274,11 @@ impl Arrival<'_> {
 fn config_for(
     prestart: &Prestart,
     home: &Path,
-    begin: &Begin,
+    requirements: Option<&Requirements>,
 ) -> Result<serde_json::Value, String> {
     let mut config: serde_json::Value =
         serde_json::from_str(&prestart.config).map_err(|error| error.to_string())?;
-    let path = match &begin.requirements.shared_rootfs {
+    let path = match requirements.and_then(|needs| needs.shared_rootfs.as_ref()) {
         Some(shared) => shared.as_str().to_string(),
         None => home.join("rootfs").display().to_string(),
     };
@@ -292,30 +298,4 @@ fn annotated_config(config: &str) -> Option<PathBuf> {
         .get("org.criu.config")?
         .as_str()?;
     (!path.is_empty()).then(|| PathBuf::from(path))
-}
-
-/// The cgroup directories of CRIU, which the runtime has put where the container will be.
-fn cgroups_of(runtime: u32) -> Vec<PathBuf> {
-    let children =
-        fs::read_to_string(format!("/proc/{runtime}/task/{runtime}/children")).unwrap_or_default();
-    let criu = children.split_whitespace().next();
-    let listed = criu
-        .and_then(|pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).ok())
-        .unwrap_or_default();
-    listed
-        .lines()
-        .filter_map(|line| {
-            let mut fields = line.splitn(3, ':');
-            let (_, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
-            let hierarchy = match controllers {
-                "" => "unified",
-                named => named.split(',').next()?.trim_start_matches("name="),
-            };
-            let directory = Path::new("/sys/fs/cgroup")
-                .join(hierarchy)
-                .join(path.trim_start_matches('/'));
-            // A container's cgroup, never the root of a hierarchy.
-            (path != "/" && directory.join("cgroup.procs").is_file()).then_some(directory)
-        })
-        .collect()
 }

@@ -1,14 +1,21 @@
 //! Post-copy: the copy is released with pages missing, and stays an arrival until it is whole.
 
-use super::{Arrival, Resumption, micros};
-use crate::migration::handoff::{TargetEvent, TargetState};
+use super::{Arrival, Host, MOST_SPACES, Resumption, Signal, Times, micros};
+use crate::memory::{PAGE_SIZE, PageSet};
+use crate::migration::JournalId;
+use crate::migration::handoff::target::TargetRecord;
+use crate::migration::handoff::{Course, TargetEvent, TargetState};
 use crate::migration::journal::Record;
 use crate::target::arrivals::Arrivals;
 use crate::target::owing::{Debt, Owing, OwingEvent};
-use crate::target::pager::OwedMemory;
+use crate::target::page_store::{PageStore, PageStoreLimits};
+use crate::target::pager::{Adopted, OwedMemory};
+use crate::target::settle::Orphan;
 use crate::wire::message::{self, Fate, Manifest, SpaceOwner};
 use crate::wire::peer_error::PeerError;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver as Signals, Sender};
+use tokio::runtime::Handle;
 
 type Failure = (PeerError, String);
 
@@ -54,8 +61,12 @@ impl Arrival<'_> {
             PeerError::Unexpected,
             "pages are owed to a copy that cannot wait for them".to_string(),
         ))?;
+        let connection = self
+            .connection
+            .as_ref()
+            .ok_or((PeerError::SourceLost, "the source is gone".to_string()))?;
         owing
-            .resume(pager, &self.connection)
+            .resume(pager, connection)
             .map_err(|error| failed(&error))?;
         self.owing = Some(owing);
         Ok(())
@@ -70,6 +81,12 @@ impl Arrival<'_> {
         }
     }
 
+    /// Pages are missing and nobody brings them.
+    pub(super) fn is_stranded(&self) -> bool {
+        self.course.state() == TargetState::Released
+            && self.owing.as_ref().is_some_and(Owing::is_alone)
+    }
+
     pub(super) fn owing_event(&mut self) -> Option<TargetEvent> {
         // Whole is told when the copy runs, and not before.
         let released = self.course.state() == TargetState::Released && !self.lost;
@@ -80,7 +97,7 @@ impl Arrival<'_> {
             OwingEvent::Whole => self.tell_whole(),
             OwingEvent::Lost(error) => {
                 tracing::warn!(
-                    container = %self.begin.container, error = %crate::chain::one_line(&error),
+                    container = %self.container, error = %crate::chain::one_line(&error),
                     "pages are missing and their source is gone: the container waits where it needs one"
                 );
             }
@@ -97,7 +114,7 @@ impl Arrival<'_> {
     }
 
     fn tell_whole(&mut self) {
-        tracing::info!(container = %self.begin.container, "the copy has every page");
+        tracing::info!(container = %self.container, "the copy has every page");
         // Not on record it is asked for again, and found out again.
         self.record(&Record::Whole);
         self.say(message::Whole {
@@ -115,7 +132,7 @@ impl Arrival<'_> {
             listen,
         } = resumption;
         self.control = Some(control);
-        self.connection = connection;
+        self.connection = Some(connection.clone());
         self.link += 1;
         listen(self.link);
         let answer = match (
@@ -125,13 +142,13 @@ impl Arrival<'_> {
             &self.pager,
         ) {
             (TargetState::Released, Fate::Serving, Some(owing), Some(pager)) => {
-                owing.resume(pager, &self.connection).map(|()| true)
+                owing.resume(pager, &connection).map(|()| true)
             }
             _ => Ok(false),
         };
         match answer {
             Ok(true) => {
-                tracing::info!(container = %self.begin.container, "the source is back");
+                tracing::info!(container = %self.container, "the source is back");
                 self.say(message::Resumed {});
             }
             Ok(false) => {
@@ -146,10 +163,99 @@ impl Arrival<'_> {
                 });
             }
             Err(error) => {
-                tracing::error!(container = %self.begin.container, %error, "cannot go on with the source that is back");
-                self.connection.close(PeerError::FillFailed);
+                tracing::error!(container = %self.container, %error, "cannot go on with the source that is back");
+                connection.close(PeerError::FillFailed);
             }
         }
+    }
+}
+
+impl<'a> Arrival<'a> {
+    /// A copy that runs and is owed pages, taken over from an agent that died. Whoever serves it has to come back.
+    pub fn adopt(
+        host: &'a Host,
+        orphan: Orphan,
+        journal_id: JournalId,
+        runtime: &Handle,
+        signal: Sender<Signal>,
+        signals: Signals<Signal>,
+    ) -> Result<Arrival<'a>, String> {
+        let text = |error: &dyn std::fmt::Display| error.to_string();
+        let Orphan {
+            journal,
+            opened,
+            owed,
+            adopted,
+        } = orphan;
+        // Nobody answers on the line that comes along: the pager waits for the source, and for a line of ours when it is back.
+        let (pager, tasks) = match adopted {
+            Some(Adopted { pager, tasks, .. }) => (Some(pager), tasks),
+            None => (None, Vec::new()),
+        };
+        let pages: u64 = tasks
+            .iter()
+            .flat_map(|task| &task.owed.pages)
+            .map(|run| run.pages())
+            .sum();
+        let store = Arc::new(PageStore::new(PageStoreLimits {
+            spaces: MOST_SPACES,
+            bytes: pages.saturating_mul(PAGE_SIZE),
+        }));
+        let mut debts = Vec::with_capacity(tasks.len());
+        for task in tasks {
+            let known = owed.iter().find(|owed| owed.vpid == task.vpid);
+            let space = known.map(|owed| owed.space).ok_or_else(|| {
+                format!(
+                    "the pager waits for pages of process {}, which is not on record",
+                    task.vpid
+                )
+            })?;
+            let pages: PageSet = task.owed.pages.into_iter().collect();
+            store
+                .adopt(space, task.memfd, pages.clone())
+                .map_err(|error| text(&error))?;
+            debts.push(Debt {
+                vpid: task.vpid,
+                space,
+                pages,
+                arrivals: task.owed.arrivals,
+            });
+        }
+        Ok(Arrival {
+            host,
+            container: opened.container.clone(),
+            requirements: None,
+            journal,
+            journal_id,
+            control: None,
+            connection: None,
+            link: 0,
+            runtime: runtime.clone(),
+            signals,
+            signal,
+            work: opened.work_dir.clone(),
+            home: opened.bundle.clone(),
+            cgroups: Vec::new(),
+            owing: Some(Owing::new(Arc::clone(&store), debts)),
+            store,
+            receiver: None,
+            course: Course::recover(TargetRecord::Released),
+            askers: Vec::new(),
+            pages_apart: true,
+            hooks: None,
+            hook: None,
+            restore: None,
+            filled: pager.is_none(),
+            pager,
+            armed: true,
+            lost: false,
+            leaving: false,
+            deadline: None,
+            reason: None,
+            manifest: None,
+            times: Times::default(),
+            released: None,
+        })
     }
 }
 

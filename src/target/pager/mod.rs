@@ -46,7 +46,13 @@
 //!
 //! What remains: both dying together (SIGKILL to both, a host-wide OOM although both ask to be spared; a service manager
 //! that kills the agent's whole cgroup: its unit needs `KillMode=process`), and the pager dying after a standby
-//! was lost. The agent, if alive, sees the end of its socket and must kill the container then.
+//! was lost. The agent, if alive, sees the end of its socket and must kill the container then. And a child whose fork the
+//! pager had read when it died, before the standby had its userfaultfd: it runs on zeros for the moment until the standby kills
+//! the container.
+//!
+//! A thread whose *system call* waits for an owed page and that gets a signal, as it does when its cgroup is frozen, faults in a
+//! circle until the page is there: the kernel (6.18 does; `FAULT_FLAG_INTERRUPTIBLE` is from 5.7) can neither interrupt such a
+//! call nor let it sleep again. It computes in vain, its cgroup may stay `FREEZING`, and no byte is wrong.
 //!
 //! A mapping with `MADV_WIPEONFORK` that is forked while its pages are missing shows the child those pages instead of zeros:
 //! the event does not say which mappings are wiped.
@@ -74,7 +80,7 @@ pub use control::{
 };
 pub use daemon::PagerError;
 pub use family::FamilyError;
-pub use provision::{STALL_RECORD, SUPPLY_SOCKET};
+pub use provision::{DONE_MARK, STALL_RECORD, SUPPLY_SOCKET};
 pub use standby::{DEATH_RECORD, StandbyFailure};
 pub use standby_link::StandbyError;
 pub use supply::{Heard, SupplyLine, SupplyMessage};

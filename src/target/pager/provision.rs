@@ -31,6 +31,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 /// The socket for an agent that adopts a pager, in the parent of CRIU's work directory.
 pub const SUPPLY_SOCKET: &str = "supply.sock";
 
+/// The mark of a pager that has brought every page to its place, beside [`SUPPLY_SOCKET`].
+pub const DONE_MARK: &str = "pager-done";
+
 /// The record of a container that was frozen because nobody brought its pages, beside [`SUPPLY_SOCKET`].
 pub const STALL_RECORD: &str = "pager-stalled.json";
 
@@ -66,6 +69,8 @@ pub(super) struct Provision {
     number: u64,
     supplied: bool,
     stranded: Option<Stranded>,
+    /// The container is frozen for want of pages.
+    stalled: bool,
 }
 
 #[derive(Debug)]
@@ -90,7 +95,7 @@ pub(super) struct Adoption {
 struct Stranded {
     /// `None` if the socket could not be made.
     listener: Option<UnixListener>,
-    /// `None`: the container is frozen already.
+    /// `None`: that is done.
     freeze_at: Option<Instant>,
 }
 
@@ -148,10 +153,10 @@ impl Provision {
             tracing::error!("no adoption of this pager: {SUPPLY_SOCKET} in {directory}: {error}");
         });
         // A pager that had frozen the container before its standby took over left the record.
-        let stalled = self.record().exists();
+        self.stalled |= self.record().exists();
         self.stranded = Some(Stranded {
             listener: listener.ok(),
-            freeze_at: (!stalled).then(|| Instant::now() + self.terms.patience),
+            freeze_at: (!self.stalled).then(|| Instant::now() + self.terms.patience),
         });
         Ok(())
     }
@@ -180,6 +185,7 @@ impl Provision {
         if missing_pages == 0 {
             return Ok(false);
         }
+        self.stalled = true;
         // The record first: it is what a successor knows the freezing by.
         self.write_record(missing_pages, false)?;
         let frozen = freeze(&self.terms.cgroups);
@@ -203,9 +209,13 @@ impl Provision {
             .ok()
     }
 
-    /// Removes what lies about: nobody waits any more.
+    /// Removes what lies about: nobody waits any more. An agent that comes back finds no pager, and must not take that for
+    /// one that died.
     pub fn finish(&mut self) {
         if self.post_copy {
+            if let Err(error) = File::create(self.directory.join(DONE_MARK)) {
+                tracing::warn!("the mark of a pager that is done: {error}");
+            }
             self.clear();
         }
     }
@@ -225,7 +235,8 @@ impl Provision {
     fn clear(&mut self) {
         let _ = fs::remove_file(self.directory.join(SUPPLY_SOCKET));
         self.stranded = None;
-        if self.record().exists() {
+        if self.stalled || self.record().exists() {
+            self.stalled = false;
             for freezer in freezers(&self.terms.cgroups) {
                 if let Err(error) = freezer.thaw() {
                     tracing::error!("{error}");

@@ -145,6 +145,7 @@ impl Worker {
                 Err(Errno::EINTR) => 0,
                 other => other?,
             };
+            self.unmute(Instant::now())?;
             let mut supplied = false;
             for event in &ready[..count] {
                 if event.data() == WAKE {
@@ -165,6 +166,9 @@ impl Worker {
             let refused = self.serve_faults()?;
             self.send_wants()?;
             let idle = !self.fill_a_chunk()?;
+            if refused {
+                self.unmute_all()?;
+            }
             if refused && idle {
                 // The thread that caused the event must run before the kernel lets pages be placed again.
                 std::thread::sleep(Duration::from_micros(20));
@@ -174,7 +178,11 @@ impl Worker {
 
     /// How long to wait for events: not at all while there is work.
     fn patience(&self) -> EpollTimeout {
-        let mut next = self.next_probe();
+        let mut next = self
+            .next_probe()
+            .into_iter()
+            .chain(self.next_unmuting())
+            .min();
         let queued = self.queue.iter().filter_map(|id| self.member(*id));
         let faulted = self
             .families
@@ -286,8 +294,16 @@ impl Worker {
             if events.is_empty() {
                 break;
             }
+            let mut news = false;
             for event in events {
-                freed.extend(self.follow(vpid, id, event)?);
+                if !self.is_known(id, &event) {
+                    news = true;
+                    freed.extend(self.follow(vpid, id, event)?);
+                }
+            }
+            if !news {
+                self.mute(id)?;
+                break;
             }
         }
         if let Some(mirror) = &self.mirror {

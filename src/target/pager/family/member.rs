@@ -56,6 +56,11 @@ impl Member {
             .append(&mut std::mem::take(&mut self.waiting).into_iter().collect());
     }
 
+    /// Whether a fault at `page` waits already.
+    pub fn waits_at(&self, page: PageNumber) -> bool {
+        self.waiting.contains(&page)
+    }
+
     /// Whether some of what it wants has not come yet.
     pub fn is_owed(&self) -> bool {
         self.wanted.owed.pages() != 0

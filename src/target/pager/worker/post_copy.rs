@@ -2,12 +2,13 @@
 //! wait for nothing else.
 
 use super::{SUPPLY, Worker, WorkerError, WorkerNotice};
+use crate::kernel::userfaultfd_missing::MissingEvent;
 use crate::memory::PageRange;
 use crate::target::pager::family::{Family, MemberId};
 use crate::target::pager::supply::{Heard, SupplyLine, SupplyMessage};
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 /// Messages read in one turn, so that faults are answered between them.
@@ -15,6 +16,12 @@ const HEARD_AT_ONCE: usize = 16;
 
 /// How often address spaces that wait for owed pages are asked whether they still live: a process that exits says nothing.
 const PROBE_EVERY: Duration = Duration::from_millis(250);
+
+/// How long a userfaultfd that says nothing new is not listened to.
+///
+/// When a signal comes for a thread whose system call waits for a page, the kernel (6.18 does) lets it fault again and again until
+/// the page is there, each time with another event. This must not keep the worker from the others.
+const MUTED_FOR: Duration = Duration::from_millis(1);
 
 /// A worker's supply line and what belongs to it.
 #[derive(Debug, Default)]
@@ -24,6 +31,8 @@ pub(super) struct Supplies {
     /// The line takes no more requests for now.
     full: bool,
     probed: Option<Instant>,
+    /// Members that are not listened to, and until when; the earliest first.
+    muted: VecDeque<(Instant, MemberId)>,
     /// Families that are done; what still comes for them is freed.
     done: HashMap<i32, Family>,
 }
@@ -143,6 +152,57 @@ impl Worker {
             self.queue_up(id);
         }
         Ok(())
+    }
+
+    /// Whether an event is a fault that waits already.
+    pub(super) fn is_known(&self, id: MemberId, event: &MissingEvent) -> bool {
+        let MissingEvent::Fault(page) = event else {
+            return false;
+        };
+        self.member(id).is_some_and(|member| member.waits_at(*page))
+    }
+
+    /// Does not listen to a member for [`MUTED_FOR`].
+    pub(super) fn mute(&mut self, id: MemberId) -> Result<(), Errno> {
+        self.listen_to(id, EpollFlags::empty())?;
+        self.supplies
+            .muted
+            .push_back((Instant::now() + MUTED_FOR, id));
+        Ok(())
+    }
+
+    /// When the first of the muted is listened to again.
+    pub(super) fn next_unmuting(&self) -> Option<Instant> {
+        self.supplies.muted.front().map(|&(until, _)| until)
+    }
+
+    /// Listens again to those who were muted for long enough.
+    pub(super) fn unmute(&mut self, now: Instant) -> Result<(), Errno> {
+        while let Some(&(until, id)) = self.supplies.muted.front()
+            && until <= now
+        {
+            self.supplies.muted.pop_front();
+            self.listen_to(id, EpollFlags::EPOLLIN)?;
+        }
+        Ok(())
+    }
+
+    /// An event has to be read before pages can be placed, maybe from one who is muted.
+    pub(super) fn unmute_all(&mut self) -> Result<(), Errno> {
+        for (_, id) in std::mem::take(&mut self.supplies.muted) {
+            self.listen_to(id, EpollFlags::EPOLLIN)?;
+        }
+        Ok(())
+    }
+
+    fn listen_to(&self, id: MemberId, flags: EpollFlags) -> Result<(), Errno> {
+        match self.member(id) {
+            Some(member) => {
+                let mut event = EpollEvent::new(flags, u64::from(id.0));
+                self.epoll.modify(&member.uffd, &mut event)
+            }
+            None => Ok(()),
+        }
     }
 
     /// Something may be left to do for this member.
