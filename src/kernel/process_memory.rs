@@ -492,13 +492,15 @@ mod tests {
         let page = 4096;
         let file = tempfile::tempfile().unwrap();
         file.set_len(page as u64).unwrap();
+        // Far below where the kernel puts mappings by itself: those of other tests would fill the hole that is made here.
+        let far_below = std::ptr::without_provenance_mut(0x20_0000_0000);
         // SAFETY: the mappings are new, or replace pages inside the first one, which nothing else uses.
         let start = unsafe {
             let start = libc::mmap(
-                std::ptr::null_mut(),
+                far_below,
                 3000 * page,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE,
                 -1,
                 0,
             );
