@@ -28,7 +28,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -184,27 +184,23 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
 
 /// Takes over a copy whose agent died while pages were owed to it, and waits on a thread of its own for their source.
 fn adopt(agent: &Arc<Agent>, migration: MigrationId, runtime: &Handle) -> Result<(), AgentError> {
-    let orphan = match settle::adopt(&agent.host.state_dir, migration) {
-        Ok(Some(orphan)) => orphan,
-        Ok(None) => return Ok(()),
-        Err(error) => {
-            tracing::error!(%migration, %error, "not taken over");
-            return Ok(());
-        }
-    };
-    let (signal, signals) = mpsc::channel();
-    let under_way = UnderWay {
-        container: orphan.opened.container.as_str().to_string(),
-        peer: orphan.opened.peer_fingerprint.clone(),
-        signal: signal.clone(),
-    };
-    agent.arrivals().insert(migration, under_way);
-    tracing::info!(container = %orphan.opened.container, "taken over: it waits for pages and their source");
+    let first = agent.try_adopt(migration);
     let (agent, runtime) = (Arc::clone(agent), runtime.clone());
     let waiting = thread::Builder::new().name("session".into());
     let started = waiting.spawn(move || {
+        let mut adoption = first;
+        let (orphan, signal, signals) = loop {
+            match adoption {
+                TriedToAdopt::Taken(orphan, signal, signals) => break (orphan, signal, signals),
+                TriedToAdopt::Later if !agent.draining.load(Ordering::Relaxed) => {
+                    thread::sleep(ADOPTION_PAUSE);
+                    adoption = agent.try_adopt(migration);
+                }
+                TriedToAdopt::Later | TriedToAdopt::Nothing => return,
+            }
+        };
         let journal_id = agent.journals.id();
-        match Arrival::adopt(&agent.host, orphan, journal_id, &runtime, signal, signals) {
+        match Arrival::adopt(&agent.host, *orphan, journal_id, &runtime, signal, signals) {
             Ok(arrival) => drop(arrival.run()),
             Err(reason) => tracing::error!(%migration, %reason, "not taken over"),
         }
@@ -214,6 +210,14 @@ fn adopt(agent: &Arc<Agent>, migration: MigrationId, runtime: &Handle) -> Result
         doing: "starting a session's thread",
         source,
     })
+}
+
+/// How an attempt to take a copy over went.
+enum TriedToAdopt {
+    /// It is entered among the arrivals, and signals to it go through these.
+    Taken(Box<settle::Orphan>, Sender<Signal>, Receiver<Signal>),
+    Later,
+    Nothing,
 }
 
 /// Ends every migration whose process died: those to here before anyone is let in, so that no commit can meet one that
@@ -249,6 +253,9 @@ fn settle_what_a_crash_left(
     Ok(owing)
 }
 
+/// Between two attempts to take over a copy whose pager is busy.
+const ADOPTION_PAUSE: Duration = Duration::from_secs(2);
+
 struct Agent {
     host: Host,
     journals: JournalDir,
@@ -279,6 +286,27 @@ struct UnderWay {
 }
 
 impl Agent {
+    fn try_adopt(&self, migration: MigrationId) -> TriedToAdopt {
+        let orphan = match settle::adopt(&self.host.state_dir, migration) {
+            Ok(settle::Adoption::Taken(orphan)) => orphan,
+            Ok(settle::Adoption::Later) => return TriedToAdopt::Later,
+            Ok(settle::Adoption::Nothing) => return TriedToAdopt::Nothing,
+            Err(error) => {
+                tracing::error!(%migration, %error, "not taken over");
+                return TriedToAdopt::Nothing;
+            }
+        };
+        let (signal, signals) = mpsc::channel();
+        let under_way = UnderWay {
+            container: orphan.opened.container.as_str().to_string(),
+            peer: orphan.opened.peer_fingerprint.clone(),
+            signal: signal.clone(),
+        };
+        self.arrivals().insert(migration, under_way);
+        tracing::info!(container = %orphan.opened.container, "taken over: it waits for pages and their source");
+        TriedToAdopt::Taken(orphan, signal, signals)
+    }
+
     fn session(&self, connection: &Connection, mut control: Control, runtime: &Handle) {
         let first = runtime
             .block_on(async { tokio::time::timeout(FIRST_WORD_PATIENCE, control.receive()).await });

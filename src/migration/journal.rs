@@ -354,7 +354,8 @@ fn fold_target(opened: &TargetOpened, rest: &[Record]) -> Result<RecoveredTarget
                 found.owed = tasks.clone();
                 TargetRecord::Opened
             }
-            (TargetRecord::Released, Record::Whole) => {
+            // `released` may be all that could not be written.
+            (TargetRecord::Committed | TargetRecord::Released, Record::Whole) => {
                 found.owed = Vec::new();
                 TargetRecord::Released
             }

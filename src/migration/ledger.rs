@@ -29,7 +29,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::memory::{PageSet, SpaceId};
+use crate::memory::{PageNumber, PageRange, PageSet, SpaceId};
 
 /// Scans in a row that must find a page dirty before it is hot.
 pub const HOT_SCANS: usize = 2;
@@ -184,23 +184,41 @@ fn subtract(pages: &mut Pages, others: &Pages) {
     }
 }
 
-/// Takes out the first `most` pages.
+/// Takes out the first `most` pages in the order of their addresses over all spaces: forked processes have the same pages at
+/// the same addresses, and what goes in one round crosses once.
 fn take(pages: &mut Pages, most: u64) -> Pages {
+    let mut windows: BTreeMap<u64, Vec<(SpaceId, PageRange)>> = BTreeMap::new();
+    for (space, pages) in pages.iter() {
+        for part in pages.iter().flat_map(in_windows) {
+            let window = part.start().0 / WINDOW_PAGES;
+            windows.entry(window).or_default().push((*space, part));
+        }
+    }
     let mut taken = Pages::new();
     let mut room = most;
-    for (space, pages) in pages {
-        let mut part = PageSet::new();
-        for range in pages.iter() {
-            let Some(first) = range.chunks(room.max(1)).next().filter(|_| room > 0) else {
-                break;
-            };
-            room -= first.pages();
-            part.insert(first);
-        }
-        pages.subtract(&part);
-        taken.insert(*space, part);
+    for (space, part) in windows.into_values().flatten() {
+        let Some(first) = part.chunks(room.max(1)).next().filter(|_| room > 0) else {
+            break;
+        };
+        room -= first.pages();
+        taken.entry(space).or_default().insert(first);
     }
+    subtract(pages, &taken);
     taken
+}
+
+/// Pages of an address window of [`take`].
+const WINDOW_PAGES: u64 = 512;
+
+/// `range` cut at the borders of windows.
+fn in_windows(range: PageRange) -> impl Iterator<Item = PageRange> {
+    let (mut at, end) = (range.start(), range.end());
+    std::iter::from_fn(move || {
+        let border = PageNumber((at.0 / WINDOW_PAGES + 1) * WINDOW_PAGES);
+        let part = PageRange::new(at, border.min(end))?;
+        at = part.end();
+        Some(part)
+    })
 }
 
 fn intersection(one: &Pages, other: &Pages) -> Pages {
@@ -227,7 +245,6 @@ fn intersection(one: &Pages, other: &Pages) -> Pages {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{PageNumber, PageRange};
     use proptest::prelude::*;
 
     const SPACE: SpaceId = SpaceId(1);
@@ -308,6 +325,17 @@ mod tests {
         assert!(!rest.sample);
         assert_eq!(rest.pages, pages(&[(16_500, 15_500)]), "hot pages wait");
         assert_eq!(ledger.into_lacking(), pages(&hot));
+    }
+
+    #[test]
+    fn a_sample_has_the_same_pages_of_forked_processes() {
+        let space = |id, start| (SpaceId(id), [range(start, 16_384)].into_iter().collect());
+        let mut ledger = Ledger::new(Pages::from([space(1, 0), space(2, 0), space(3, 1 << 30)]));
+        let sample = ledger.next_round().pages;
+        assert_eq!(count(&sample), 3 * 16_384 / 32);
+        assert_eq!(sample[&SpaceId(1)], [range(0, 1024)].into_iter().collect());
+        assert_eq!(sample[&SpaceId(2)], [range(0, 512)].into_iter().collect());
+        assert!(!sample.contains_key(&SpaceId(3)));
     }
 
     #[test]

@@ -13,11 +13,20 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The directories, one for each hierarchy, that runc will make for a container `id` with this `config.json`.
+/// The directories that runc will make for a container `id` with this `config.json`: those of [`of_container`] that are not
+/// there yet.
+pub fn about_to_be_made(config: &Value, id: &str) -> io::Result<Vec<PathBuf>> {
+    let mut directories = of_container(config, id)?;
+    directories.retain(|path| !path.exists());
+    Ok(directories)
+}
+
+/// The directories, one for each hierarchy, that runc will put a container `id` with this `config.json` into. Never the root of
+/// a hierarchy, which is everybody's.
 ///
 /// As runc's cgroupfs driver does: an absolute `linux.cgroupsPath` lies below the hierarchy's root, any other below the
 /// caller's own cgroup, and without one the id is taken.
-pub fn about_to_be_made(config: &Value, id: &str) -> io::Result<Vec<PathBuf>> {
+pub fn of_container(config: &Value, id: &str) -> io::Result<Vec<PathBuf>> {
     let asked = config
         .pointer("/linux/cgroupsPath")
         .and_then(Value::as_str)
@@ -40,9 +49,10 @@ pub fn about_to_be_made(config: &Value, id: &str) -> io::Result<Vec<PathBuf>> {
             _ => return None,
         };
         let below = Path::new(base.trim_start_matches('/')).join(asked.trim_start_matches('/'));
-        Some(Path::new(mount).join(below))
+        let path = Path::new(mount).join(below);
+        (path.as_path() != Path::new(mount)).then_some(path)
     });
-    Ok(directories.filter(|path| !path.exists()).collect())
+    Ok(directories.collect())
 }
 
 /// Our own cgroup in the hierarchy whose controllers fit.

@@ -72,7 +72,13 @@ pub fn watch(state_dir: &Path, migration: MigrationId) {
             Ok(Some(Settled::Unknown { reason })) => {
                 tracing::warn!(%reason, "the outcome is still unknown, asking on")
             }
-            Ok(Some(Settled::Incomplete { reason, patience })) => {
+            Ok(Some(Settled::Incomplete {
+                reason,
+                patience,
+                served,
+            })) => {
+                // A target that took pages is looked for anew.
+                lost = lost.filter(|_| !served);
                 if lost.get_or_insert_with(Instant::now).elapsed() > patience {
                     tracing::error!(%reason, "pages of a container that moved are still here; go on with: migrate resume");
                     return;

@@ -31,7 +31,7 @@ use crate::journal::Journal;
 use crate::memory::{PageSet, SpaceId};
 use crate::migration::event::Event;
 use crate::migration::handoff::{Course, SourceAction, SourceEvent, SourceState};
-use crate::migration::journal::{Leftover, ProcessName, Record};
+use crate::migration::journal::{Leftover, Owing, ProcessName, Record};
 use crate::migration::mode::{Mode, Switch};
 use crate::migration::phase::{Mark, TargetTimes, Timeline};
 use crate::migration::report::{DumpKind, RoundReport};
@@ -140,6 +140,7 @@ pub struct Handover<'a, S> {
     /// Dirty pages that wait for the dump to say whether they can be owed.
     put_off: BTreeMap<SpaceId, PageSet>,
     owed: Vec<PagesToSend>,
+    owing: Option<Owing>,
     server: Option<Serving>,
     /// The server has ended well: every owed page has arrived, and the target is about to say so.
     served: bool,
@@ -244,6 +245,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             held_back: BTreeMap::new(),
             put_off: BTreeMap::new(),
             owed: Vec::new(),
+            owing: None,
             server: None,
             served: false,
             progress: None,
@@ -569,7 +571,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             SourceAction::ConfirmHold => Some(self.confirm_hold()),
             SourceAction::RecordDeciding => {
                 let target_journal = self.target_journal?;
-                let owing = self.owing();
+                let owing = self.owing.clone();
                 Some(self.record(&Record::Deciding {
                     target_journal,
                     owing,
@@ -668,7 +670,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             self.mark(Mark::Committed);
         }
         self.because(reason);
-        event
+        event.unless_nothing_is_owed(self.owed.is_empty())
     }
 
     /// Does a step whose failure rolls back.

@@ -69,6 +69,8 @@ pub enum Settled {
         reason: String,
         /// How long the target was to be looked for when the migration began.
         patience: Duration,
+        /// Some pages were sent meanwhile.
+        served: bool,
     },
     /// The target has not said; the container stays frozen.
     Unknown {
@@ -143,6 +145,16 @@ impl Question<'_> {
         }
         link.close(PeerError::Done);
         Ok(answer)
+    }
+}
+
+impl SourceEvent {
+    /// A target that says it is owed pages when it is not is not believed: it is asked again.
+    pub(super) fn unless_nothing_is_owed(self, nothing_is_owed: bool) -> SourceEvent {
+        match self {
+            SourceEvent::TargetSaysServing if nothing_is_owed => SourceEvent::TargetSaysPending,
+            event => event,
+        }
     }
 }
 
@@ -229,6 +241,7 @@ pub fn settle(
         recovered: &recovered,
         journal,
         reason: String::new(),
+        served: false,
     };
     Ok(Some(recovery.run(patience)))
 }
@@ -239,6 +252,8 @@ struct Recovery<'a> {
     recovered: &'a RecoveredSource,
     journal: Journal,
     reason: String,
+    /// Owed pages were sent.
+    served: bool,
 }
 
 impl Recovery<'_> {
@@ -270,20 +285,27 @@ impl Recovery<'_> {
                     return Settled::Incomplete {
                         reason: reason(),
                         patience: Duration::from_secs(owing.map_or(0, |owing| owing.reconnect_s)),
+                        served: self.served,
                     };
                 }
                 SourceState::Unknown | SourceState::Serving => thread::sleep(PAUSE),
                 _ => {}
             }
         }
+        let settled = match course.state() {
+            SourceState::Committed => Settled::Committed,
+            SourceState::RolledBack => Settled::RolledBack,
+            // Stopped half way by what cannot be: nothing may be touched.
+            state => {
+                let reason = format!("recovery stopped in state {state:?}: {}", self.reason);
+                return Settled::Unknown { reason };
+            }
+        };
         let work_dir = Plan::work_dir(self.state_dir, self.recovered.opened.migration);
         if let Err(error) = remains::remove_work(&work_dir) {
             tracing::warn!(%error, path = %work_dir.display(), "cannot remove the working directory");
         }
-        match course.state() {
-            SourceState::Committed => Settled::Committed,
-            _ => Settled::RolledBack,
-        }
+        settled
     }
 
     fn perform(&mut self, action: SourceAction) -> Option<SourceEvent> {
@@ -301,7 +323,7 @@ impl Recovery<'_> {
                 let (event, reason) = question.ask();
                 tracing::info!(%reason, "asked the target");
                 self.reason = reason;
-                Some(event)
+                Some(event.unless_nothing_is_owed(self.recovered.owing.is_none()))
             }
             SourceAction::RecordServing => self.write(&Record::Serving),
             SourceAction::ServePages => Some(self.serve_pages()),
@@ -360,16 +382,21 @@ impl Recovery<'_> {
             migration: opened.migration,
             owing,
         };
+        let mut served = false;
         let (event, reason) = owed.serve(&mut |told| match told {
             Told::Connected => {
                 tracing::info!(migration = %opened.migration, "serving owed pages")
             }
-            Told::Progress(progress) => tracing::debug!(?progress, "serving owed pages"),
+            Told::Progress(progress) => {
+                served |= progress.has_sent();
+                tracing::debug!(?progress, "serving owed pages");
+            }
             Told::Whole(_) => {
                 tracing::info!(migration = %opened.migration, "the copy has every page")
             }
         });
         tracing::info!(%reason, "served owed pages");
+        self.served |= served;
         self.reason = reason;
         event
     }

@@ -135,6 +135,8 @@ pub struct Arrival<'a> {
     home: PathBuf,
     /// What the restore makes, to be removed if the runtime cannot.
     cgroups: Vec<PathBuf>,
+    /// Those it will be in, made by whomever.
+    all_cgroups: Vec<PathBuf>,
     store: Arc<PageStore>,
     /// `None` for a copy that was taken over when it ran.
     receiver: Option<Receiver>,
@@ -149,7 +151,9 @@ pub struct Arrival<'a> {
     armed: bool,
     /// What the copy is owed; `None` unless it runs before it is whole.
     owing: Option<Owing>,
-    /// The copy ended because its pages were lost.
+    /// The pager and its standby are gone with pages missing.
+    pager_lost: bool,
+    /// The copy ended because pages it was owed were lost.
     lost: bool,
     /// The agent wants to stop.
     leaving: bool,
@@ -255,6 +259,7 @@ impl<'a> Arrival<'a> {
             work,
             home,
             cgroups: Vec::new(),
+            all_cgroups: Vec::new(),
             store,
             receiver: Some(receiver),
             course: Course::start(),
@@ -266,6 +271,7 @@ impl<'a> Arrival<'a> {
             pager: None,
             armed: false,
             owing: None,
+            pager_lost: false,
             lost: false,
             leaving: false,
             deadline: None,
@@ -288,7 +294,7 @@ impl<'a> Arrival<'a> {
                 Some(action) => self.perform(action),
                 None if self.course.state() == TargetState::Aborted => break,
                 None if self.course.state() == TargetState::Released
-                    && self.filled
+                    && (self.filled || self.pager_lost)
                     && (self.lost || self.owing.as_ref().is_none_or(Owing::is_over)) =>
                 {
                     break;
@@ -373,7 +379,7 @@ impl<'a> Arrival<'a> {
 
     fn pager_event(&mut self) -> Option<TargetEvent> {
         if self.course.state().is_settled() && self.pager.is_none() {
-            self.filled = true;
+            self.filled |= !self.pager_lost;
             return None;
         }
         match self.pager.as_mut()?.next_event(Duration::ZERO) {
@@ -404,9 +410,7 @@ impl<'a> Arrival<'a> {
                 None
             }
             Err(error) => {
-                self.because(PeerError::FillFailed, error.to_string());
-                self.pager = None;
-                self.filled = true;
+                self.lose_pager(&error);
                 Some(TargetEvent::PagerLost)
             }
         }
@@ -544,12 +548,7 @@ impl<'a> Arrival<'a> {
                 None
             }
             TargetAction::KillCopy => {
-                tracing::error!(container = %self.container, "its missing pages are lost: the container is killed");
-                self.lost = self.owing.as_ref().is_some_and(|owing| !owing.is_whole());
-                if let Some(owing) = &mut self.owing {
-                    owing.detach();
-                }
-                self.copy().kill();
+                self.kill_copy();
                 None
             }
             TargetAction::DiscardCopy => Some(self.discard_copy()),

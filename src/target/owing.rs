@@ -21,6 +21,9 @@ use thiserror::Error;
 /// How long the source may take to hear that all has come; nothing depends on it.
 const END_GRACE: Duration = Duration::from_secs(5);
 
+/// How long threads of a connection that is gone may take to place the frame they have in hand.
+const LET_GO_WITHIN: Duration = Duration::from_secs(5);
+
 /// Why owed pages cannot be taken in.
 #[derive(Debug, Error)]
 pub enum OwingError {
@@ -52,6 +55,8 @@ pub struct Debt {
 #[derive(Debug)]
 pub struct Owing {
     store: Arc<PageStore>,
+    /// How many have the store when no connection places anything in it.
+    holders: usize,
     debts: Vec<Debt>,
     link: Link,
 }
@@ -83,6 +88,7 @@ impl Owing {
     /// The books of a copy that is owed these pages. Nobody brings them yet.
     pub fn new(store: Arc<PageStore>, debts: Vec<Debt>) -> Owing {
         Owing {
+            holders: Arc::strong_count(&store),
             store,
             debts,
             link: Link::None,
@@ -102,8 +108,12 @@ impl Owing {
 
     /// Begins to take pages in over `connection`; the pager asks on `line`.
     pub fn attach(&mut self, line: SupplyLine, connection: &Connection) -> Result<(), OwingError> {
-        // The one before has to let go of the store and of its line first.
+        // The one before has to let go of the store first: a page that it is still placing would be counted as missing.
         self.link = Link::None;
+        let deadline = Instant::now() + LET_GO_WITHIN;
+        while Arc::strong_count(&self.store) > self.holders && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let mut tasks = Vec::with_capacity(self.debts.len());
         for debt in &self.debts {
             tasks.push(OwingTask {

@@ -1,6 +1,6 @@
 //! Ending the migrations that a crash of the agent left at the target, and answering for those that ended before.
 
-use super::pager::{self, Adopted, DONE_MARK, SUPPLY_SOCKET};
+use super::pager::{self, Adopted, DONE_MARK, PagerHandleError, SUPPLY_SOCKET};
 use super::remains::{Copy, Found, end_restore};
 use crate::journal::{Journal, JournalDir, JournalError, JournalName};
 use crate::migration::MigrationId;
@@ -161,25 +161,36 @@ pub struct Orphan {
     pub adopted: Option<Adopted>,
 }
 
-/// Takes a copy over that [`settle`] found owing. `None` if it is not, or another process has it.
-///
-/// A copy whose pager is gone is killed: its missing pages would read as zeros.
-pub fn adopt(state_dir: &Path, migration: MigrationId) -> Result<Option<Orphan>, SettleError> {
+/// What became of taking a copy over.
+#[derive(Debug)]
+pub enum Adoption {
+    /// It is ours now.
+    Taken(Box<Orphan>),
+    /// Its pager lives and cannot be had yet: try again.
+    Later,
+    /// There is nothing to take over, or another process has it. A copy whose pager is dead was killed, since its missing pages
+    /// would read as zeros.
+    Nothing,
+}
+
+/// Takes a copy over that [`settle`] found owing.
+pub fn adopt(state_dir: &Path, migration: MigrationId) -> Result<Adoption, SettleError> {
     let name = JournalName {
         migration,
         side: Side::Target,
     };
     let (journal, records) = match JournalDir::open(state_dir)?.reopen(name) {
-        Err(JournalError::InUse { .. }) => return Ok(None),
+        Err(JournalError::InUse { .. }) => return Ok(Adoption::Nothing),
         opened => opened?,
     };
     let Recovered::Target(recovered) = fold(migration, &records)? else {
-        return Ok(None);
+        return Ok(Adoption::Nothing);
     };
     if recovered.last != TargetRecord::Released || !waits_for_pages(&recovered) {
-        return Ok(None);
+        return Ok(Adoption::Nothing);
     }
-    let work = &recovered.opened.work_dir;
+    let RecoveredTarget { opened, owed, .. } = recovered;
+    let work = opened.work_dir.clone();
     let deadline = Instant::now() + ADOPTION_PATIENCE;
     let adopted = loop {
         if work.join(DONE_MARK).exists() {
@@ -187,30 +198,40 @@ pub fn adopt(state_dir: &Path, migration: MigrationId) -> Result<Option<Orphan>,
         }
         match pager::adopt(&work.join(SUPPLY_SOCKET), ADOPTION_PATIENCE) {
             Ok(adopted) => break Some(adopted),
+            Err(error) if pager::is_dead(&work) => {
+                give_up(state_dir, &opened, &error);
+                return Ok(Adoption::Nothing);
+            }
             // It opens its socket when it sees the end of its agent.
             Err(_) if Instant::now() < deadline => thread::sleep(Duration::from_millis(20)),
             Err(error) => {
-                tracing::error!(container = %recovered.opened.container, %error, "its pager is gone with pages missing: the container is killed");
-                let runc = Runc::new(&recovered.opened.runtime_root);
-                let home = home_of(state_dir, recovered.opened.container.as_str());
-                Copy {
-                    runc: &runc,
-                    id: recovered.opened.container.as_str(),
-                    home: &home,
-                    work,
-                    cgroups: &[],
-                }
-                .kill();
-                return Ok(None);
+                tracing::warn!(container = %opened.container, %error, "its pager cannot be taken over yet");
+                return Ok(Adoption::Later);
             }
         }
     };
-    Ok(Some(Orphan {
+    Ok(Adoption::Taken(Box::new(Orphan {
         journal,
-        opened: recovered.opened,
-        owed: recovered.owed,
+        opened,
+        owed,
         adopted,
-    }))
+    })))
+}
+
+/// Kills a copy whose missing pages are lost. Its working directory goes too: the name may be another container's next time.
+fn give_up(state_dir: &Path, opened: &TargetOpened, why: &PagerHandleError) {
+    tracing::error!(container = %opened.container, %why, "its pager died with pages missing: the container is killed");
+    let copy = Copy {
+        runc: &Runc::new(&opened.runtime_root),
+        id: opened.container.as_str(),
+        home: &home_of(state_dir, opened.container.as_str()),
+        work: &opened.work_dir,
+        cgroups: &[],
+    };
+    copy.kill();
+    if let Err(error) = copy.remove_work() {
+        tracing::warn!(%error, "the working directory stays");
+    }
 }
 
 fn fold(migration: MigrationId, records: &[Record]) -> Result<Recovered, SettleError> {

@@ -185,6 +185,25 @@ fn an_unknown_outcome_stays_frozen_until_recover_learns_that_it_did_not_move() -
     stage.expect_next_try()
 }
 
+/// After the decision, before the first instruction: without a pager the missing pages would read as zeros.
+#[test]
+fn a_pager_killed_with_its_standby_before_the_release_sends_the_container_back() -> Result<()> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let stage = Stage::new(&a, &b)?;
+    let mut agent = stage.agent(&[HASTE, "MIGRATE_FAULT=target:ReleaseCopy:stop"])?;
+    let mut moving = stage.start_move("web", &[HASTE])?;
+    wait_stopped(&mut agent)?;
+    let pager = find(&agent, &["migrate", "pager"])?;
+    let standby = find(&agent, &["migrate", "pager", "--standby"])?;
+    // The standby first: it would take over.
+    signal(standby, Signal::SIGKILL)?;
+    signal(pager, Signal::SIGKILL)?;
+    agent.signal(Signal::SIGCONT)?;
+    stage.expect_exit(&mut moving, 4)?;
+    stage.expect_rolled_back(Some(&agent))?;
+    stage.expect_next_try()
+}
+
 #[test]
 fn a_pager_killed_while_it_fills_is_replaced_with_every_byte_right() -> Result<()> {
     let (a, b) = (Host::new("a")?, Host::new("b")?);

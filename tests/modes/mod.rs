@@ -88,6 +88,16 @@ fn hybrid_owes_only_what_the_rounds_left() -> Result<()> {
     Ok(())
 }
 
+/// The few pages that are owed have arrived before the target says that the copy runs.
+#[test]
+fn hybrid_that_owes_next_to_nothing_does_not_wait_for_more() -> Result<()> {
+    let report = move_once(&Workload::memory_writer(64, 0), &["--mode", "hybrid"], None)?;
+    ensure!(report["switch"] == "post-copy", "{report:#}");
+    ensure!(owed_pages(&report) < 2_000, "{report:#}");
+    ensure!(report["fill_after_release_ms"].is_f64(), "{report:#}");
+    Ok(())
+}
+
 #[test]
 fn an_idle_container_owes_nothing_when_the_engine_decides() -> Result<()> {
     let report = move_once(&Workload::memory_writer(64, 0), &[], None)?;
@@ -277,5 +287,24 @@ fn a_pager_that_is_killed_while_pages_are_owed_is_replaced_by_its_standby() -> R
     b.run("kill", ["-9", pid])
         .with_context(|| format!("the pager is not one process: {pids:?}"))?;
     serving.ends_well(&pair)?;
+    Ok(())
+}
+
+/// Nothing has the missing pages any more but the source: the copy ends rather than run on zeros, and the source keeps its own.
+#[test]
+fn a_pager_that_is_killed_with_its_standby_ends_the_copy_and_leaves_the_source_frozen() -> Result<()>
+{
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let pair = Pair::new(&a, &b)?;
+    let mut serving = Serving::reach(&pair, 8_000, &["--reconnect-timeout", "2"])?;
+    b.run("sh", ["-c", "pkill -9 -f '[m]igrate pager'"])?;
+    let status = serving.moving.wait(LIMIT)?;
+    let said = serving.moving.output()?;
+    ensure!(status.code() == Some(INCOMPLETE), "{status}\n{said}");
+    ensure!(said.contains("as it was at the switch"), "{said}");
+    ensure!(!serving.container.is_running(&b)?, "it runs on zeros");
+    let here = serving.container.state(&a)?;
+    let here = here.and_then(|state| state["status"].as_str().map(str::to_string));
+    ensure!(here.as_deref() == Some("paused"), "{here:?}");
     Ok(())
 }

@@ -245,6 +245,7 @@ impl<S: FrameSink> Handover<'_, S> {
             .map_err(|error| text(&error))?;
         let owed_pages = owed.iter().map(|owed| owed.pages.pages()).sum();
         self.owed = owed;
+        self.owing = self.take_down_owing();
         self.ended.owed_pages = owed_pages;
 
         let image_files = list_images(&images).map_err(|error| text(&error))?;

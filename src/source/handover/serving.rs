@@ -58,8 +58,9 @@ impl<S: FrameSink> Handover<'_, S> {
         Some(SourceEvent::PeerLost)
     }
 
-    /// What recovery needs to serve in our place; `None` if nothing is owed.
-    pub(super) fn owing(&self) -> Option<Owing> {
+    /// What recovery needs to serve in our place; `None` if nothing is owed. Taken down while the tasks are held: later a pid
+    /// could be another process's.
+    pub(super) fn take_down_owing(&self) -> Option<Owing> {
         if self.owed.is_empty() {
             return None;
         }
@@ -103,7 +104,7 @@ impl<S: FrameSink> Handover<'_, S> {
         // Nothing that matters comes over it any more.
         self.link = None;
         self.server = None;
-        let owing = self.owing()?;
+        let owing = self.owing.clone()?;
         let owed = Owed {
             state_dir: &self.plan.state_dir,
             target: &self.plan.target,
@@ -119,13 +120,20 @@ impl<S: FrameSink> Handover<'_, S> {
             self.lost = Some(Instant::now());
         }
         let (emit, lost) = (self.emit, &mut self.lost);
+        let since = *lost;
         let mut whole = Whole::default();
         let (event, reason) = owed.serve(&mut |told| match told {
             Told::Connected => {
-                let duration = lost.take().map_or(Duration::ZERO, |lost| lost.elapsed());
+                let duration = since.map_or(Duration::ZERO, |since| since.elapsed());
                 emit(Event::LinkBack { duration });
             }
-            Told::Progress(served) => emit(event_of(&served)),
+            Told::Progress(served) => {
+                // A link over which nothing goes is as good as none.
+                if served.has_sent() {
+                    *lost = None;
+                }
+                emit(event_of(&served));
+            }
             Told::Whole(said) => whole = said,
         });
         if event == SourceEvent::TargetSaysCommitted {

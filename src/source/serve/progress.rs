@@ -37,6 +37,13 @@ pub struct Served {
     pub latency: Vec<u64>,
 }
 
+impl Served {
+    /// Whether any page was sent.
+    pub fn has_sent(&self) -> bool {
+        self.pushed_pages + self.answered_pages > 0
+    }
+}
+
 impl ServeProgress {
     /// The counters now.
     pub fn now(&self) -> Served {

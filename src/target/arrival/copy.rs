@@ -9,7 +9,7 @@ use crate::migration::handoff::TargetEvent;
 use crate::migration::journal::{Leftover, ProcessName, Record};
 use crate::runtime::{Task, cgroup};
 use crate::target::compose::{Delivery, compose};
-use crate::target::pager::{PagerHandle, TaskMemory};
+use crate::target::pager::{PagerEvent, PagerHandle, PagerHandleError, TaskMemory};
 use crate::target::receive::Receiver;
 use crate::target::remains::Found;
 use crate::target::restore::{INVENTORY, Restore};
@@ -40,6 +40,8 @@ impl Arrival<'_> {
             .map_err(|error| fail("writing config.json", &error))?;
         // On record before the runtime makes them: killed early, it does not know what it made.
         self.cgroups = cgroup::about_to_be_made(&config, self.container.as_str())
+            .map_err(|error| fail("looking at the cgroups", &error))?;
+        self.all_cgroups = cgroup::of_container(&config, self.container.as_str())
             .map_err(|error| fail("looking at the cgroups", &error))?;
         for path in self.cgroups.clone() {
             self.journal
@@ -185,10 +187,14 @@ impl Arrival<'_> {
         if let Some(pager) = &mut self.pager {
             pager.set_supply_patience(Duration::from_secs(manifest.reconnect_s.into()));
             pager
-                .serve(tasks, &self.cgroups, PAGER_PATIENCE)
+                .serve(tasks, &self.all_cgroups, PAGER_PATIENCE)
                 .map_err(|error| fill_failed(&error))?;
         }
         if !debts.is_empty() {
+            if !self.all_cgroups.iter().any(|path| path.is_dir()) {
+                let none = "the container has no cgroup of its own to be stopped by".to_string();
+                return Err((PeerError::FillFailed, none));
+            }
             self.take_in_debts(debts)?;
         }
         let inventory_file = self.work.join(INVENTORY);
@@ -231,10 +237,47 @@ impl Arrival<'_> {
         let Some(hook) = self.hook.take() else {
             return Some(TargetEvent::HookLost);
         };
+        if self.pager_is_gone() {
+            // Without it every missing page would be zero.
+            let _ = hook.refuse();
+            return Some(TargetEvent::PagerLost);
+        }
         hook.go().err().map(|error| {
             self.because(PeerError::RestoreFailed, error.to_string());
             TargetEvent::HookLost
         })
+    }
+
+    /// Whether the pager and its standby are gone with pages missing.
+    fn pager_is_gone(&mut self) -> bool {
+        while let Some(pager) = &mut self.pager {
+            match pager.next_event(Duration::ZERO) {
+                Ok(None) => break,
+                Ok(Some(PagerEvent::Done(_))) => {
+                    self.pager = None;
+                    self.filled = true;
+                }
+                Ok(Some(event)) => tracing::debug!(?event, "pager"),
+                Err(error) => self.lose_pager(&error),
+            }
+        }
+        self.pager_lost
+    }
+
+    pub(super) fn lose_pager(&mut self, error: &PagerHandleError) {
+        self.because(PeerError::FillFailed, error.to_string());
+        self.pager = None;
+        self.pager_lost = true;
+    }
+
+    /// Stopped is better than wrong.
+    pub(super) fn kill_copy(&mut self) {
+        tracing::error!(container = %self.container, "its missing pages are lost: the container is killed");
+        self.lost = self.owing.as_ref().is_some_and(|owing| !owing.is_whole());
+        if let Some(owing) = &mut self.owing {
+            owing.detach();
+        }
+        self.copy().kill();
     }
 
     pub(super) fn inspect_copy(&mut self) -> TargetEvent {
@@ -245,6 +288,10 @@ impl Arrival<'_> {
             }
         }
         match self.copy().inspect() {
+            Found::Running | Found::Gone if self.pager_is_gone() => {
+                self.kill_copy();
+                TargetEvent::FoundGone
+            }
             Found::Running => TargetEvent::FoundRunning,
             Found::NeverRan => TargetEvent::FoundNeverRan,
             Found::Gone => TargetEvent::FoundGone,

@@ -80,7 +80,7 @@ pub use control::{
 };
 pub use daemon::PagerError;
 pub use family::FamilyError;
-pub use provision::{DONE_MARK, STALL_RECORD, SUPPLY_SOCKET};
+pub use provision::{DONE_MARK, STALL_RECORD, SUPPLY_SOCKET, is_dead};
 pub use standby::{DEATH_RECORD, StandbyFailure};
 pub use standby_link::StandbyError;
 pub use supply::{Heard, SupplyLine, SupplyMessage};

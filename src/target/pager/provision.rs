@@ -19,6 +19,7 @@ use super::supply::SupplyLine;
 use crate::memory::PageRange;
 use crate::runtime::Freezer;
 use crate::target::arrivals::Arrivals;
+use rustix::fs::FlockOperation;
 use rustix::net::sockopt;
 use serde::Serialize;
 use std::fs::{self, File};
@@ -30,6 +31,17 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// The socket for an agent that adopts a pager, in the parent of CRIU's work directory.
 pub const SUPPLY_SOCKET: &str = "supply.sock";
+
+/// A file beside [`SUPPLY_SOCKET`] that pager and standby have locked as long as they live.
+const LOCK: &str = "pager.lock";
+
+/// Whether neither the pager of a post-copy nor its standby lives any more; `directory` is where their files are.
+pub fn is_dead(directory: &Path) -> bool {
+    let Ok(file) = File::open(directory.join(LOCK)) else {
+        return true;
+    };
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+}
 
 /// The mark of a pager that has brought every page to its place, beside [`SUPPLY_SOCKET`].
 pub const DONE_MARK: &str = "pager-done";
@@ -63,6 +75,8 @@ pub(super) struct Provision {
     directory: PathBuf,
     terms: Terms,
     post_copy: bool,
+    /// Locked as long as this process lives: see [`is_dead`].
+    lock: Option<File>,
     /// Those that still want pages.
     tasks: Vec<OwingTask>,
     /// Of the last supply line.
@@ -119,7 +133,11 @@ impl Provision {
         arrivals: &Arrivals,
         owed: Vec<PageRange>,
     ) -> io::Result<()> {
-        self.post_copy = true;
+        if !std::mem::replace(&mut self.post_copy, true) {
+            let lock = File::create(self.directory.join(LOCK))?;
+            rustix::fs::flock(&lock, FlockOperation::LockShared)?;
+            self.lock = Some(lock);
+        }
         self.tasks.push(OwingTask {
             vpid,
             memfd: memfd.try_clone_to_owned()?,
@@ -217,6 +235,7 @@ impl Provision {
                 tracing::warn!("the mark of a pager that is done: {error}");
             }
             self.clear();
+            let _ = fs::remove_file(self.directory.join(LOCK));
         }
     }
 
