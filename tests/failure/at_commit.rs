@@ -194,7 +194,7 @@ fn a_pager_killed_with_its_standby_before_the_release_sends_the_container_back()
     let mut moving = stage.start_move("web", &[HASTE])?;
     wait_stopped(&mut agent)?;
     let pager = find(&agent, &["migrate", "pager"])?;
-    let standby = find(&agent, &["migrate", "pager", "--standby"])?;
+    let standby = find(&agent, &["pager", "--standby"])?;
     // The standby first: it would take over.
     signal(standby, Signal::SIGKILL)?;
     signal(pager, Signal::SIGKILL)?;

@@ -91,7 +91,9 @@ fn hybrid_owes_only_what_the_rounds_left() -> Result<()> {
 /// The few pages that are owed have arrived before the target says that the copy runs.
 #[test]
 fn hybrid_that_owes_next_to_nothing_does_not_wait_for_more() -> Result<()> {
-    let report = move_once(&Workload::memory_writer(64, 0), &["--mode", "hybrid"], None)?;
+    // A limit that leaves next to no time for a delta.
+    let options = ["--mode", "hybrid", "--downtime-limit", "95"];
+    let report = move_once(&Workload::memory_writer(64, 0), &options, None)?;
     ensure!(report["switch"] == "post-copy", "{report:#}");
     ensure!(owed_pages(&report) < 2_000, "{report:#}");
     ensure!(report["fill_after_release_ms"].is_f64(), "{report:#}");
@@ -297,7 +299,9 @@ fn a_pager_that_is_killed_with_its_standby_ends_the_copy_and_leaves_the_source_f
     let (a, b) = (Host::new("a")?, Host::new("b")?);
     let pair = Pair::new(&a, &b)?;
     let mut serving = Serving::reach(&pair, 8_000, &["--reconnect-timeout", "2"])?;
-    b.run("sh", ["-c", "pkill -9 -f '[m]igrate pager'"])?;
+    // The standby first: it would take over.
+    let kill = "pkill -9 -f '[p]ager --standby'; pkill -9 -f '[m]igrate pager$'";
+    b.run("sh", ["-c", kill])?;
     let status = serving.moving.wait(LIMIT)?;
     let said = serving.moving.output()?;
     ensure!(status.code() == Some(INCOMPLETE), "{status}\n{said}");
