@@ -122,7 +122,7 @@ async fn cancel_on_signal(canceller: Canceller) -> std::io::Result<()> {
         _ = int.recv() => {}
         _ = term.recv() => {}
     }
-    eprintln!("migrate: stopping; the container goes on here");
+    eprintln!("migrate: stopping; the container goes on here, unless it is past the commit");
     canceller.cancel();
     Ok(())
 }

@@ -3,6 +3,7 @@
 //! A journal is the list of [`Record`]s of one migration at one end, oldest first. [`fold`] reads it into
 //! what recovery needs: who and where, what may be left over, and the record the handover tables go on from.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -121,6 +122,9 @@ pub struct Owing {
     pub spaces: Vec<OwingSpace>,
     /// How long a lost target is looked for before it is left to `migrate resume`, in seconds.
     pub reconnect_s: u64,
+    /// The most to send, in bytes a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth_limit: Option<NonZeroU64>,
 }
 
 /// One address space that owes pages.
@@ -454,6 +458,7 @@ pub(crate) mod examples {
                     },
                 }],
                 reconnect_s: 300,
+                bandwidth_limit: None,
             }),
         }
     }

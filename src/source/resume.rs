@@ -15,7 +15,7 @@ use crate::migration::handoff::SourceEvent;
 use crate::migration::journal::{Owing, OwingSpace};
 use crate::migration::{MigrationId, PeerAddress};
 use crate::runtime::Task;
-use crate::transport::TransportError;
+use crate::transport::{Settings, TransportError};
 use crate::wire::codec::Compression;
 use crate::wire::message::{Fate, Message, Resume, Whole};
 use crate::wire::peer_error::PeerError;
@@ -95,9 +95,13 @@ impl Owed<'_> {
             });
         }
         let (heard, signals) = mpsc::channel::<Result<Message, TransportError>>();
+        let settings = Settings {
+            bandwidth_limit: self.owing.bandwidth_limit,
+            ..Settings::default()
+        };
         let mut link = Link::connect(
             self.target,
-            connector(self.state_dir, None)?,
+            connector(self.state_dir, Some(settings))?,
             heard,
             |said| said,
         )?;

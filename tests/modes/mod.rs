@@ -278,18 +278,33 @@ fn an_agent_that_is_killed_while_pages_are_owed_is_replaced_by_the_next_one() ->
     pair.ensure_nothing_left(&a, &before, &[OWN_BUNDLE])
 }
 
+/// A pager that dies while it reads a fault takes the container with it: its standby cannot know what was read. That is rare, and
+/// not what is tested here.
 #[test]
 fn a_pager_that_is_killed_while_pages_are_owed_is_replaced_by_its_standby() -> Result<()> {
+    for _ in 0..3 {
+        if a_pager_is_killed_and_replaced()? {
+            return Ok(());
+        }
+    }
+    anyhow::bail!("three pagers in a row died while they read events");
+}
+
+fn a_pager_is_killed_and_replaced() -> Result<bool> {
     let (a, b) = (Host::new("a")?, Host::new("b")?);
     let pair = Pair::new(&a, &b)?;
-    let serving = Serving::reach(&pair, 8_000, &[])?;
+    let serving = Serving::reach(&pair, 8_000, &["--reconnect-timeout", "2"])?;
     // The standby has another command line; the pattern keeps the shell that asks out.
     let pids = b.run("sh", ["-c", "pgrep -f '[m]igrate pager$'"])?;
     let pid = pids.trim();
     b.run("kill", ["-9", pid])
         .with_context(|| format!("the pager is not one process: {pids:?}"))?;
-    serving.ends_well(&pair)?;
-    Ok(())
+    let ended = serving.ends_well(&pair);
+    let events_lost = b.path("/var/lib/migrate/pager-death.json").exists();
+    if ended.is_err() && events_lost {
+        return Ok(false);
+    }
+    ended.map(|_| true)
 }
 
 /// Nothing has the missing pages any more but the source: the copy ends rather than run on zeros, and the source keeps its own.

@@ -475,18 +475,31 @@ fn the_standby_goes_on_with_the_same_supply_line() {
 
 #[test]
 fn a_pager_killed_under_push_is_replaced_without_a_wrong_byte() {
-    for wait_ms in [0, 3, 10, 30] {
-        let (mut scene, bringer) = owing(&[16_384], all_of, nothing);
+    let mut replaced = 0;
+    for wait_ms in [0, 3, 10, 30, 0, 3, 10, 30] {
+        let cgroup = Cgroup::new("push");
+        let path = cgroup.0.clone();
+        let (mut scene, bringer) = owing(&[16_384], all_of, |_| vec![path.clone()]);
+        cgroup.take_in(&scene.task().process);
         let pager = scene.pager_pid();
         let working = bringer.work(true);
         scene.task().say("check 0 16384 0");
         std::thread::sleep(Duration::from_millis(wait_ms));
         kill(pager);
-        assert_eq!(scene.task().answer(), "ok");
+        let answer = scene.task().answer();
+        // If it died while it read a fault, its standby cannot know that it was nothing else: no container, and no wrong byte.
+        if answer.is_empty() {
+            let record = scene.directory.path().join("pager-death.json");
+            wait_until("a record of the death", || record.exists());
+            continue;
+        }
+        assert_eq!(answer, "ok");
         scene.done();
         working.stop();
         assert_eq!(scene.store.memory_in_use().expect("measured"), 0);
+        replaced += 1;
     }
+    assert!(replaced > 0, "every pager died while it read events");
 }
 
 /// Leaves the pager as an agent that dies does; what is left of the scene goes on.
@@ -757,8 +770,12 @@ fn faults_are_answered_under_full_push() {
 
 #[test]
 fn a_pager_that_dies_while_it_is_adopted_is_adopted_in_its_standby() {
+    let mut replaced = 0;
     for delay_us in [0, 200, 500, 1000, 2000, 5000] {
-        let (mut scene, bringer) = owing(&[2048], all_of, nothing);
+        let cgroup = Cgroup::new("adopted");
+        let path = cgroup.0.clone();
+        let (mut scene, bringer) = owing(&[2048], all_of, |_| vec![path.clone()]);
+        cgroup.take_in(&scene.task().process);
         scene.task().say("check 0 2048 0");
         let pager = scene.pager_pid();
         let mut orphaned = orphan(scene, bringer);
@@ -771,11 +788,20 @@ fn a_pager_that_dies_while_it_is_adopted_is_adopted_in_its_standby() {
         let mut adopted = orphaned.adopt();
         let working = orphaned.bringer(&mut adopted).work(true);
         killer.join().expect("killed");
-        assert_eq!(orphaned.tasks[0].answer(), "ok", "{delay_us} µs");
+        let answer = orphaned.tasks[0].answer();
+        // As above: it may have died while it read a fault.
+        if answer.is_empty() {
+            let record = orphaned.directory.path().join("pager-death.json");
+            wait_until("a record of the death", || record.exists());
+            continue;
+        }
+        assert_eq!(answer, "ok", "{delay_us} µs");
         adopted.pager.wait_done(PATIENCE).expect("done");
         working.stop();
         assert_eq!(orphaned.store.memory_in_use().expect("measured"), 0);
+        replaced += 1;
     }
+    assert!(replaced > 0, "every pager died while it read events");
 }
 
 #[test]

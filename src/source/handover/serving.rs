@@ -77,6 +77,7 @@ impl<S: FrameSink> Handover<'_, S> {
         Some(Owing {
             spaces: self.owed.iter().map(space).collect(),
             reconnect_s: self.plan.reconnect_timeout.as_secs(),
+            bandwidth_limit: self.plan.bandwidth_limit,
         })
     }
 
