@@ -20,6 +20,16 @@ pub struct Task {
 }
 
 impl Task {
+    /// The task that a record names: to be asked whether it is still there, not to be read.
+    pub fn on_record(pid: i32, start_time: u64) -> Task {
+        Task {
+            pid,
+            vpid: pid,
+            start_time,
+            zombie: false,
+        }
+    }
+
     /// The process `pid`, or `None` if it is gone.
     pub fn read(pid: i32) -> io::Result<Option<Task>> {
         let process = Path::new("/proc").join(pid.to_string());

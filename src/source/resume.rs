@@ -133,9 +133,10 @@ impl Owed<'_> {
             .collect();
         let server = PageServer::resume(&spaces, Compression::Auto)?;
         let progress = server.progress();
-        let serving = server.attach(link.connection())?;
+        let mut serving = Some(server.attach(link.connection())?);
         tell(Told::Connected);
         let mut told = Instant::now();
+        let mut answer_by: Option<Instant> = None;
         loop {
             match signals.recv_timeout(Duration::from_millis(50)) {
                 Ok(Ok(Message::Whole(whole))) => {
@@ -154,35 +155,16 @@ impl Owed<'_> {
                 told = Instant::now();
                 tell(Told::Progress(progress.now()));
             }
-            if serving.is_over() {
-                let (_, served) = serving.wait();
+            if let Some(over) = serving.take_if(|serving| serving.is_over()) {
+                let (_, served) = over.wait();
                 // All was sent and has arrived: the target says so on the other stream.
                 served?;
-                return self.await_whole(link, &signals, tell);
+                answer_by = Some(Instant::now() + ANSWER_PATIENCE);
+            }
+            if answer_by.is_some_and(|by| Instant::now() > by) {
+                return Err(ServingError::Answer("nothing".into()));
             }
         }
-    }
-
-    fn await_whole(
-        &self,
-        link: Link,
-        signals: &mpsc::Receiver<Result<Message, TransportError>>,
-        tell: &mut dyn FnMut(Told),
-    ) -> Result<(SourceEvent, String), ServingError> {
-        let deadline = Instant::now() + ANSWER_PATIENCE;
-        while let Some(left) = deadline.checked_duration_since(Instant::now()) {
-            match signals.recv_timeout(left) {
-                Ok(Ok(Message::Whole(whole))) => {
-                    tell(Told::Whole(whole));
-                    link.close(PeerError::Done);
-                    return Ok((SourceEvent::TargetSaysCommitted, "it is whole".into()));
-                }
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) => return Err(LinkError::from(error).into()),
-                Err(_) => break,
-            }
-        }
-        Err(ServingError::Answer("nothing".into()))
     }
 }
 
@@ -190,11 +172,5 @@ const LOST: &str = "that the copy ended while pages were missing; what is frozen
      (thaw it to go back to that, or delete it)";
 
 fn is_there(space: &OwingSpace) -> bool {
-    let task = Task {
-        pid: space.process.pid,
-        vpid: space.process.pid,
-        start_time: space.process.start_time,
-        zombie: false,
-    };
-    task.exists()
+    Task::on_record(space.process.pid, space.process.start_time).exists()
 }

@@ -435,12 +435,7 @@ impl Recovery<'_> {
             let Leftover::Process { what, process } = leftover else {
                 continue;
             };
-            let task = Task {
-                pid: process.pid,
-                vpid: process.pid,
-                start_time: process.start_time,
-                zombie: false,
-            };
+            let task = Task::on_record(process.pid, process.start_time);
             while self.same_boot() && task.exists() && Instant::now() < deadline {
                 thread::sleep(Duration::from_millis(5));
             }

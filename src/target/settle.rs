@@ -332,12 +332,7 @@ impl Recovery<'_> {
         }
         for leftover in &self.recovered.leftovers {
             if let Leftover::Process { process, .. } = leftover {
-                let task = Task {
-                    pid: process.pid,
-                    vpid: process.pid,
-                    start_time: process.start_time,
-                    zombie: false,
-                };
+                let task = Task::on_record(process.pid, process.start_time);
                 end_restore(&self.recovered.opened.work_dir.join("images"), &task);
             }
         }
