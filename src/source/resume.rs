@@ -97,11 +97,12 @@ impl Owed<'_> {
         let (heard, signals) = mpsc::channel::<Result<Message, TransportError>>();
         let settings = Settings {
             bandwidth_limit: self.owing.bandwidth_limit,
+            connect_timeout: Settings::RETRY_TIMEOUT,
             ..Settings::default()
         };
         let mut link = Link::connect(
             self.target,
-            connector(self.state_dir, Some(settings))?,
+            connector(self.state_dir, settings)?,
             heard,
             |said| said,
         )?;

@@ -128,7 +128,7 @@ pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<
     };
     let mut link = Link::connect(
         &plan.target,
-        connector(&plan.state_dir, Some(settings))?,
+        connector(&plan.state_dir, settings)?,
         signal.clone(),
         Signal::Heard,
     )?;

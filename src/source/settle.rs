@@ -125,7 +125,11 @@ impl Question<'_> {
 
     fn answer(&self) -> Result<Option<(JournalId, Fate)>, LinkError> {
         let (heard, answers) = mpsc::channel();
-        let connector = connector(self.state_dir, None)?;
+        let settings = Settings {
+            connect_timeout: Settings::RETRY_TIMEOUT,
+            ..Settings::default()
+        };
+        let connector = connector(self.state_dir, settings)?;
         let mut link = Link::connect(self.target, connector, heard, |said| said)?;
         link.say(Query {
             migration: self.migration,
@@ -159,14 +163,10 @@ impl SourceEvent {
 }
 
 /// What connects to targets as this host.
-pub fn connector(state_dir: &Path, settings: Option<Settings>) -> Result<Connector, LinkError> {
+pub fn connector(state_dir: &Path, settings: Settings) -> Result<Connector, LinkError> {
     let identity = Identity::load_or_create(state_dir)?;
     let trust = TrustStore::in_dir(state_dir);
-    Ok(Connector::new(
-        Arc::new(identity),
-        trust,
-        settings.unwrap_or_default(),
-    ))
+    Ok(Connector::new(Arc::new(identity), trust, settings))
 }
 
 /// Whether there is a journal of this migration from here.

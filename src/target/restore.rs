@@ -93,7 +93,7 @@ impl Restore {
 
     /// Gives CRIU its inventory: from here on it restores.
     pub fn let_go(&mut self, inventory: &[u8]) -> Result<(), RestoreError> {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(20);
         let mut fifo = loop {
             // Without a reader a non-blocking open for writing says ENXIO.
             let opened = OpenOptions::new()

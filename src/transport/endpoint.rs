@@ -29,7 +29,8 @@ pub struct Settings {
     pub idle_timeout: Duration,
     /// After this long without traffic a sign of life is asked for.
     pub keep_alive: Duration,
-    /// How long a connection may take to be made, TLS and hello together.
+    /// How long a connection may take to be made, TLS and hello together. A busy host of one slow processor (an emulated
+    /// one) was seen to take 2 s, and more than 5 s where it got half of a processor.
     pub connect_timeout: Duration,
     /// What page and file senders may write, in bytes per second, until changed on the connection.
     pub bandwidth_limit: Option<NonZeroU64>,
@@ -37,12 +38,18 @@ pub struct Settings {
     pub versions: Vec<Version>,
 }
 
+impl Settings {
+    /// [`Settings::connect_timeout`] for one of many attempts at a peer that was there before. The handshake's first
+    /// packet is repeated after ever longer pauses: a new attempt meets a link that came back sooner.
+    pub const RETRY_TIMEOUT: Duration = Duration::from_secs(5);
+}
+
 impl Default for Settings {
     fn default() -> Settings {
         Settings {
             idle_timeout: crate::fault::patience(Duration::from_secs(10)),
             keep_alive: crate::fault::patience(Duration::from_secs(2)),
-            connect_timeout: Duration::from_secs(5),
+            connect_timeout: Duration::from_secs(15),
             bandwidth_limit: None,
             versions: Version::SUPPORTED.to_vec(),
         }
