@@ -42,10 +42,10 @@ pub struct Migration {
     cancelled: Arc<AtomicBool>,
 }
 
-/// Why a migration did not begin: nothing was touched. Every other end is a [`Report`].
+/// Why there is no [`Report`]: a failure of the engine itself. Every other end, a refusal too, is in the report.
 #[derive(Debug, Error)]
 pub enum MigrationError {
-    /// What was found before the beginning.
+    /// It failed before the beginning: nothing was touched.
     #[error(transparent)]
     NotBegun(#[from] RunError),
     /// The engine's thread could not be started or panicked: run `migrate recover`.

@@ -30,6 +30,42 @@ fn a_wrong_command_line_is_one_line_on_standard_error_and_code_2() {
 }
 
 #[test]
+fn a_move_that_cannot_begin_says_so_in_its_events_and_its_report() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = |name: &str| directory.path().join(name).display().to_string();
+    let (state, runtime, report) = (path("state"), path("runc"), path("report.json"));
+    let options = ["--to", "127.0.0.1:1", "--json", "--report", &report];
+    let places = ["--state-dir", &state, "--runtime-root", &runtime, "nosuch"];
+    let output = migrate(&[&options[..], &places].concat());
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(said.contains("nosuch"), "{said}");
+    let events: Vec<serde_json::Value> = String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .map(|line| serde_json::from_str(line).expect(line))
+        .collect();
+    assert_eq!(events[0]["event"], "started", "{events:?}");
+    let done = &events[events.len() - 1];
+    assert_eq!(done["event"], "done", "{events:?}");
+    assert_eq!(done["report"]["outcome"]["result"], "refused", "{done:#}");
+    let written = std::fs::read(&report).expect("a report");
+    let written: serde_json::Value = serde_json::from_slice(&written).expect("JSON");
+    assert_eq!(written, done["report"]);
+}
+
+#[test]
+fn a_report_that_cannot_be_written_is_told_before_anything_is_touched() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let report = directory.path().join("missing/report.json");
+    let report = report.to_str().expect("a path in UTF-8");
+    let output = migrate(&["--to", "127.0.0.1:1", "--json", "--report", report, "web"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains(report), "{said}");
+    assert!(output.stdout.is_empty());
+}
+
+#[test]
 fn help_goes_to_standard_output_with_code_0() {
     let output = migrate(&["--help"]);
     assert_eq!(output.status.code(), Some(0));

@@ -4,7 +4,7 @@ use super::exit::Exit;
 use super::output::{Format, Output};
 use super::plan::{AgentPlan, LogFormat, MovePlan};
 use crate::agent;
-use crate::api::{Canceller, Migration, MigrationError};
+use crate::api::{Canceller, Migration};
 use crate::migration::MigrationId;
 use crate::migration::event::Side;
 use crate::migration::report::{Outcome, Report, Tracker};
@@ -14,6 +14,7 @@ use crate::source::tracker::TrackerKind;
 use crate::target::stdio;
 use anyhow::Context;
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -23,6 +24,14 @@ use tracing_subscriber::EnvFilter;
 /// `migrate --to HOST:PORT CONTAINER`
 pub fn move_container(plan: &MovePlan) -> anyhow::Result<ExitCode> {
     log_to_stderr(LogFormat::Human, "warn");
+    // Before anything is touched: afterwards it would be too late to say that there can be no report.
+    let report_file = match plan.report.as_deref().map(open_report).transpose() {
+        Ok(file) => file,
+        Err(error) => {
+            eprintln!("migrate: {error:#}");
+            return Ok(Exit::Usage.into());
+        }
+    };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -48,28 +57,30 @@ pub fn move_container(plan: &MovePlan) -> anyhow::Result<ExitCode> {
         });
         let result = migration.run().await;
         let _ = shown.await;
-        match result {
-            Ok(report) => {
-                finish(plan, &report)?;
-                Ok(Exit::of(&report.outcome).into())
-            }
-            Err(MigrationError::NotBegun(error)) if error.is_refusal() => {
-                eprintln!("migrate: {error}");
-                Ok(Exit::Refused.into())
-            }
-            Err(error) => Err(error.into()),
+        let report = result?;
+        if let Some(file) = report_file
+            && let Err(error) = write_report(file, &report)
+        {
+            // The exit code says how the migration ended.
+            eprintln!("migrate: cannot write the report: {error:#}");
         }
+        complain(plan, &report);
+        Ok(Exit::of(&report.outcome).into())
     })
 }
 
-fn finish(plan: &MovePlan, report: &Report) -> anyhow::Result<()> {
-    if let Some(path) = &plan.report {
-        let json = serde_json::to_vec_pretty(report)?;
-        std::fs::write(path, json)
-            .with_context(|| format!("cannot write the report to {}", path.display()))?;
-    }
+fn open_report(path: &Path) -> anyhow::Result<File> {
+    File::create(path).with_context(|| format!("cannot write the report to {}", path.display()))
+}
+
+fn write_report(mut file: File, report: &Report) -> anyhow::Result<()> {
+    Ok(file.write_all(&serde_json::to_vec_pretty(report)?)?)
+}
+
+/// Says on standard error why a container has not moved.
+fn complain(plan: &MovePlan, report: &Report) {
     let complaint = match &report.outcome {
-        Outcome::Moved | Outcome::WouldMove => return Ok(()),
+        Outcome::Moved | Outcome::WouldMove => return,
         Outcome::Refused { reasons } => reasons.join("\nmigrate: "),
         Outcome::RolledBack { reason, .. } => {
             format!("rolled back, {} goes on here: {reason}", report.container)
@@ -87,7 +98,6 @@ fn finish(plan: &MovePlan, report: &Report) -> anyhow::Result<()> {
         ),
     };
     eprintln!("migrate: {complaint}");
-    Ok(())
 }
 
 fn migration(plan: &MovePlan) -> Migration {
@@ -161,38 +171,36 @@ pub fn resume_serving(state_dir: &Path, out: &mut impl Write) -> anyhow::Result<
 }
 
 fn tell(findings: Vec<Finding>, out: &mut impl Write) -> anyhow::Result<ExitCode> {
-    let mut exit = Exit::Done;
+    let mut exits = Vec::with_capacity(findings.len());
     for finding in findings {
         let side = match finding.side {
             Side::Source => "from here",
             Side::Target => "to here",
         };
-        let end = match finding.end {
-            End::Moved => "the container lives at the target".to_string(),
-            End::RolledBack => "rolled back, the container lives at the source".to_string(),
-            End::Running => "still running, left alone".to_string(),
-            End::Incomplete(reason) => {
-                if exit != Exit::Unknown {
-                    exit = Exit::Incomplete;
-                }
+        let done = |text: &str| (Exit::Done, text.to_owned());
+        let (exit, end) = match finding.end {
+            End::Moved => done("the container lives at the target"),
+            End::RolledBack => done("rolled back, the container lives at the source"),
+            End::Running => done("still running, left alone"),
+            End::Incomplete(reason) => (
+                Exit::Incomplete,
                 format!(
-                    "the container lives at the target and lacks pages that are kept here: {reason}"
-                )
-            }
-            End::Unknown(reason) => {
-                exit = Exit::Unknown;
-                format!("unknown, the container stays frozen: {reason}")
-            }
-            End::Stuck(reason) => {
-                if exit != Exit::Unknown {
-                    exit = Exit::Internal;
-                }
-                reason
-            }
+                    "the container lives at the target and lacks pages that are kept at the source: {reason}"
+                ),
+            ),
+            End::Unknown(reason) => (
+                Exit::Unknown,
+                format!("unknown, the container stays frozen: {reason}"),
+            ),
+            End::Stuck(reason) => (Exit::Internal, reason),
         };
         writeln!(out, "{} {side}: {end}", finding.migration)?;
+        exits.push(exit);
     }
-    Ok(exit.into())
+    let worst = [Exit::Unknown, Exit::Internal, Exit::Incomplete]
+        .into_iter()
+        .find(|exit| exits.contains(exit));
+    Ok(worst.unwrap_or(Exit::Done).into())
 }
 
 /// `migrate guard STATE_DIR MIGRATION`

@@ -9,11 +9,12 @@ use crate::migration::report::Outcome;
 pub enum Exit {
     /// The container runs at the target; or the command did what it was asked.
     Done = 0,
-    /// The engine itself failed: an error that is none of the others. Nothing moved.
+    /// The engine itself failed: an error that is none of the others. Nothing moved, unless it says to run
+    /// `migrate recover`.
     Internal = 1,
     /// The command line is wrong. Nothing was touched.
     Usage = 2,
-    /// Preflight refused. Nothing was touched.
+    /// Preflight refused, or the target cannot be reached. Nothing was touched.
     Refused = 3,
     /// The migration failed before it was decided; the container goes on at the source.
     RolledBack = 4,
@@ -45,6 +46,7 @@ impl From<Exit> for ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::migration::handoff::SourceState;
 
     #[test]
     fn every_outcome_has_the_code_that_is_documented() {
@@ -55,7 +57,7 @@ mod tests {
             (Outcome::Refused { reasons: vec![] }, 3),
             (
                 Outcome::RolledBack {
-                    during: said(),
+                    during: SourceState::Holding,
                     reason: said(),
                 },
                 4,

@@ -349,7 +349,7 @@ mod tests {
             .collect();
         let expected = [
             "moving web to 10.0.0.2:7070 (migration 6f1c8802b34d4e9aa107553ed2904bc8)",
-            "target: refused: memory: the container has 2.0 GiB, 1.1 GiB are free — free some memory or choose another target",
+            "source: refused: network: the container's network has eth0: only loopback can move yet",
             "mode: auto",
             "tracking 3 processes with 2.0 GiB by uffd-wp",
             "files: 812 entries, 32.0 MiB in 135 ms",
@@ -363,9 +363,9 @@ mod tests {
             "link lost, looking for the target for 5 min 00 s: the connection timed out",
             "link back after 5.0 s",
             "target: last page arrived 6.0 s after the release",
-            "incomplete: the connection timed out; the missing pages are kept here until `migrate resume` brings them",
+            "incomplete: the connection timed out; the missing pages are kept here until `migrate resume --state-dir /var/lib/migrate` brings them",
             "rolled back after 103 ms of downtime: the connection to the target broke",
-            "unknown: no answer to commit within 5 s; the container stays frozen here until `migrate recover` finds out",
+            "unknown: no answer to commit within 5 s; the container stays frozen here until `migrate recover --state-dir /var/lib/migrate` finds out",
             "target: last page filled 240 ms after the release",
         ];
         assert_eq!(lines, expected);

@@ -85,8 +85,9 @@ fn outcome(report: &Report) -> String {
         Outcome::Moved => format!("{container} runs at {target}"),
         Outcome::WouldMove => format!("{container} could move to {target}; nothing was touched"),
         Outcome::Refused { reasons } => {
+            let plural = if reasons.len() == 1 { "" } else { "s" };
             format!(
-                "{container} cannot move to {target} ({} reasons above); nothing was touched",
+                "{container} cannot move to {target} for {} reason{plural}; nothing was touched",
                 reasons.len()
             )
         }
@@ -136,6 +137,7 @@ fn parts(downtime: &Downtime) -> String {
 mod tests {
     use super::*;
     use crate::migration::event::{Event, examples::examples};
+    use crate::migration::handoff::SourceState;
 
     fn report() -> Report {
         let done = examples()
@@ -180,7 +182,7 @@ mod tests {
         });
         assert!(refused.contains("nothing was touched"), "{refused}");
         let rolled_back = of(Outcome::RolledBack {
-            during: "holding".into(),
+            during: SourceState::Holding,
             reason: "the link broke".into(),
         });
         assert_eq!(

@@ -74,7 +74,7 @@ pub enum Event {
         entries: u64,
         /// Entries deleted at the target.
         deleted: u64,
-        /// Bytes over the wire.
+        /// Content of files that was sent.
         bytes_wire: u64,
         /// How long it took.
         #[serde(rename = "duration_ms", with = "millis")]

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::convergence::FreezeReason;
+use super::handoff::SourceState;
 use super::millis;
 use super::mode::{Mode, Switch};
 use super::phase::Downtime;
@@ -87,7 +88,7 @@ pub enum Outcome {
     /// The container goes on at the source.
     RolledBack {
         /// The state the handover was in.
-        during: String,
+        during: SourceState,
         /// What happened, one line.
         reason: String,
     },

@@ -81,7 +81,7 @@ pub enum RunError {
 
 impl RunError {
     /// Whether the host or its peer is not fit for the move, as opposed to a failure of ours.
-    pub fn is_refusal(&self) -> bool {
+    fn is_refusal(&self) -> bool {
         !matches!(self, RunError::Journal(_) | RunError::System { .. })
     }
 }
@@ -94,17 +94,34 @@ impl FrameSink for PageQueue {
     }
 }
 
-/// Moves the container as planned. `Err` means that nothing was touched; every other end is in the report.
+/// Moves the container as planned. `Err` is a failure of ours before anything was touched; every other end is in the
+/// report.
 pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<Report, RunError> {
     let began = Instant::now();
     let migration = new_migration()?;
-    let mut report = Report::new(migration, plan);
     emit(Event::Started {
         migration,
         container: plan.container.clone(),
         target: plan.target.to_string(),
     });
+    match move_container(plan, migration, began, emit, cancelled) {
+        Err(error) if error.is_refusal() => {
+            let reasons = vec![error.to_string()];
+            let report = Report::new(migration, plan);
+            Ok(report.ended(Outcome::Refused { reasons }, began.elapsed()))
+        }
+        ended => ended,
+    }
+}
 
+fn move_container(
+    plan: &Plan,
+    migration: MigrationId,
+    began: Instant,
+    emit: &dyn Fn(Event),
+    cancelled: &AtomicBool,
+) -> Result<Report, RunError> {
+    let mut report = Report::new(migration, plan);
     let runc = Runc::new(&plan.runtime_root);
     let container = runc.container(plan.container.as_str())?;
     let criu = Criu::find()?;
@@ -267,9 +284,7 @@ pub fn run(plan: &Plan, emit: &dyn Fn(Event), cancelled: &AtomicBool) -> Result<
     {
         tracing::warn!(%error, path = %work_dir.display(), "cannot remove the working directory");
     }
-    let report = conclude(
-        report, plan, migration, state, ended, &timeline, began, emit,
-    );
+    let report = conclude(report, plan, state, ended, &timeline, began, emit);
     Ok(report)
 }
 
@@ -407,14 +422,9 @@ fn open_journal(
     Ok(JournalDir::open(&plan.state_dir)?.create(name, &Record::SourceOpened(opened))?)
 }
 
-#[expect(
-    clippy::too_many_arguments,
-    reason = "everything that is known at the end"
-)]
 fn conclude(
     mut report: Report,
     plan: &Plan,
-    migration: MigrationId,
     state: SourceState,
     ended: Ended,
     timeline: &Timeline,
@@ -452,10 +462,7 @@ fn conclude(
                 reason: reason.clone(),
                 downtime: report.downtime.as_ref().map(|downtime| downtime.total),
             });
-            Outcome::RolledBack {
-                during: format!("{during:?}"),
-                reason,
-            }
+            Outcome::RolledBack { during, reason }
         }
         SourceState::Serving => {
             emit(Event::Incomplete {
@@ -468,7 +475,7 @@ fn conclude(
             emit(Event::Unknown {
                 reason: reason.clone(),
                 how_to_find_out: format!(
-                    "migrate recover --state-dir {} (migration {migration})",
+                    "migrate recover --state-dir {}",
                     plan.state_dir.display()
                 ),
             });

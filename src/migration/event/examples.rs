@@ -170,19 +170,20 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
         (
             41.2,
             Event::Preflight {
-                side: Side::Target,
+                side: Side::Source,
                 findings: vec![
                     Finding {
-                        what: "criu".into(),
+                        what: "status".into(),
                         verdict: Verdict::Ok,
-                        detail: "4.2.1".into(),
+                        detail: "running".into(),
                         fix: None,
                     },
                     Finding {
-                        what: "memory".into(),
+                        what: "network".into(),
                         verdict: Verdict::Refused,
-                        detail: "the container has 2.0 GiB, 1.1 GiB are free".into(),
-                        fix: Some("free some memory or choose another target".into()),
+                        detail: "the container's network has eth0: only loopback can move yet"
+                            .into(),
+                        fix: None,
                     },
                 ],
             },
@@ -297,7 +298,7 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
             308420.0,
             Event::Incomplete {
                 reason: "the connection timed out".into(),
-                how_to_go_on: "migrate resume".into(),
+                how_to_go_on: "migrate resume --state-dir /var/lib/migrate".into(),
             },
         ),
         (
@@ -312,7 +313,7 @@ pub(crate) fn examples() -> Vec<TimedEvent> {
             7930.5,
             Event::Unknown {
                 reason: "no answer to commit within 5 s".into(),
-                how_to_find_out: "migrate recover".into(),
+                how_to_find_out: "migrate recover --state-dir /var/lib/migrate".into(),
             },
         ),
         (

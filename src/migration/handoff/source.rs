@@ -3,6 +3,8 @@
 //! In post-copy the copy at the target runs before it is whole. Then *committed* is not the end here: the frozen container
 //! holds the only copy of the pages still owed, so the source goes through `Serving` until the target says that it has all.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::{ImpossibleEvent, Party, Row, Step, Then};
@@ -37,6 +39,13 @@ pub enum SourceState {
     Committed,
     /// The container goes on here.
     RolledBack,
+}
+
+/// As in events and reports.
+impl fmt::Display for SourceState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
 }
 
 /// What can happen at the source.
