@@ -54,6 +54,13 @@ pub struct Restore {
     finished: bool,
 }
 
+/// A CRIU that waits for its inventory. Dropping it gives CRIU an empty one, with which it gives up.
+#[derive(Debug)]
+pub struct Gate {
+    fifo: File,
+    inventory: PathBuf,
+}
+
 impl Restore {
     /// Starts `runc restore` of `id` in `images`, which must hold `descriptors.json` and nothing else yet.
     ///
@@ -91,10 +98,10 @@ impl Restore {
         })
     }
 
-    /// Gives CRIU its inventory: from here on it restores.
-    pub fn let_go(&mut self, inventory: &[u8]) -> Result<(), RestoreError> {
+    /// Waits until CRIU waits for its inventory. By then the runtime has made the container's cgroups.
+    pub fn gate(&mut self) -> Result<Gate, RestoreError> {
         let deadline = Instant::now() + Duration::from_secs(20);
-        let mut fifo = loop {
+        let fifo = loop {
             // Without a reader a non-blocking open for writing says ENXIO.
             let opened = OpenOptions::new()
                 .write(true)
@@ -116,12 +123,10 @@ impl Restore {
             }
             thread::sleep(Duration::from_micros(200));
         };
-        // An inventory is far smaller than a pipe's buffer, so the write does not block.
-        fifo.write_all(inventory)
-            .map_err(|source| RestoreError::Prepare {
-                path: self.inventory.clone(),
-                source,
-            })
+        Ok(Gate {
+            fifo,
+            inventory: self.inventory.clone(),
+        })
     }
 
     /// Whether the runtime has ended, and if so whether the container runs.
@@ -151,6 +156,19 @@ impl Restore {
             Some(line) => line.trim().to_string(),
             None => Runc::last_words(&self.work),
         }
+    }
+}
+
+impl Gate {
+    /// Gives CRIU its inventory: from here on it restores.
+    pub fn let_go(mut self, inventory: &[u8]) -> Result<(), RestoreError> {
+        // An inventory is far smaller than a pipe's buffer, so the write does not block.
+        self.fifo
+            .write_all(inventory)
+            .map_err(|source| RestoreError::Prepare {
+                path: self.inventory,
+                source,
+            })
     }
 }
 
