@@ -58,8 +58,7 @@ pub fn refusals(begin: &Begin, criu: &Criu, runc: &Runc, state_dir: &Path) -> Ve
         );
         refuse(PeerError::CriuTooOld, text);
     }
-    let cgroups = cgroup_version();
-    if needs.cgroup_version == CgroupVersion::V1 && cgroups == CgroupVersion::V2 {
+    if !can_restore(needs.cgroup_version, cgroup_version()) {
         refuse(
             PeerError::CgroupIncompatible,
             "v1 at the source, v2 here: not possible".into(),
@@ -105,6 +104,11 @@ pub fn refusals(begin: &Begin, criu: &Criu, runc: &Runc, state_dir: &Path) -> Ve
     refusals
 }
 
+/// CRIU restores a v2 cgroup as a v1 cgroup, and not the other way round.
+fn can_restore(container: CgroupVersion, here: CgroupVersion) -> bool {
+    (container, here) != (CgroupVersion::V1, CgroupVersion::V2)
+}
+
 /// runc uses the unified hierarchy only where nothing else is mounted.
 fn cgroup_version() -> CgroupVersion {
     if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
@@ -118,4 +122,96 @@ fn cgroup_version() -> CgroupVersion {
 fn available_memory() -> u64 {
     let available = procfs::Meminfo::current().map(|info| info.mem_available);
     available.ok().flatten().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::MigrationId;
+    use crate::wire::message::{CriuVersion, Requirements, RootfsMode};
+
+    /// A container that any host has room for.
+    fn modest(criu: &Criu) -> Begin {
+        Begin {
+            migration: MigrationId::from_bytes([7; 16]),
+            container: "web".parse().expect("a container id"),
+            requirements: Requirements {
+                memory_bytes: 1 << 20,
+                rootfs_bytes: 1 << 20,
+                cpu_flags: Vec::new(),
+                cgroup_version: cgroup_version(),
+                memory_limit: None,
+                criu_version: CriuVersion(criu.version()),
+                arch: Arch::HERE,
+                rootfs: RootfsMode::Copied,
+                shared_rootfs: None,
+                bind_sources: vec!["/proc".parse().expect("a path")],
+                page_streams: 1,
+            },
+            dry_run: false,
+        }
+    }
+
+    /// Needs CRIU and runc (`scripts/setup`).
+    #[test]
+    fn each_thing_that_is_missing_here_has_a_refusal_of_its_own() {
+        type Spoil = fn(&mut Requirements);
+        let cases: [(Spoil, PeerError); 7] = [
+            (|needs| needs.memory_bytes = 1 << 49, PeerError::MemoryShort),
+            (|needs| needs.rootfs_bytes = 1 << 49, PeerError::DiskShort),
+            (
+                |needs| {
+                    needs.arch = match Arch::HERE {
+                        Arch::X86_64 => Arch::Aarch64,
+                        Arch::Aarch64 => Arch::X86_64,
+                    }
+                },
+                PeerError::ArchitectureDiffers,
+            ),
+            (
+                |needs| {
+                    needs.cpu_flags = vec!["telepathy".to_owned().try_into().expect("a flag")];
+                },
+                PeerError::CpuFeatureMissing,
+            ),
+            (
+                |needs| needs.criu_version = CriuVersion(990_000),
+                PeerError::CriuTooOld,
+            ),
+            (
+                |needs| {
+                    needs
+                        .bind_sources
+                        .push("/nonexistent".parse().expect("a path"))
+                },
+                PeerError::BindSourceMissing,
+            ),
+            (
+                |needs| needs.shared_rootfs = Some("/nonexistent".parse().expect("a path")),
+                PeerError::RootfsNotShared,
+            ),
+        ];
+        let criu = Criu::find().expect("CRIU: scripts/setup installs it");
+        let directory = tempfile::tempdir().expect("a directory");
+        let runc = Runc::new(&directory.path().join("runc"));
+        let refused = |begin: &Begin| -> Vec<PeerError> {
+            let refusals = refusals(begin, &criu, &runc, directory.path());
+            refusals.iter().map(|refusal| refusal.code).collect()
+        };
+        assert_eq!(refused(&modest(&criu)), []);
+        for (spoil, code) in cases {
+            let mut begin = modest(&criu);
+            spoil(&mut begin.requirements);
+            assert_eq!(refused(&begin), [code]);
+        }
+        fs::create_dir_all(runc.root().join("web")).expect("a directory");
+        assert_eq!(refused(&modest(&criu)), [PeerError::ContainerExists]);
+    }
+
+    #[test]
+    fn cgroups_move_to_v1_and_among_v2_only() {
+        use CgroupVersion::{V1, V2};
+        assert!(can_restore(V1, V1) && can_restore(V2, V2) && can_restore(V2, V1));
+        assert!(!can_restore(V1, V2));
+    }
 }

@@ -1,16 +1,23 @@
 //! A container that cannot move is refused before anything is touched, and moves when the reason is gone.
 
 use crate::stage::{HASTE, LIMIT, Stage, wait_stopped};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use rig::{Container, ContainerOptions, Host, HostOptions, Running, Workload};
+use serde_json::{Value, json};
 
-/// A move is refused with a line that has `why` in it, and all is as it was.
-fn expect_refused(stage: &Stage, agent: &Running, why: &str) -> Result<()> {
-    let mut moving = stage.start_move("web", &[HASTE])?;
+/// The move of a container is refused with a line that has `why` in it.
+fn expect_refusal(stage: &Stage, id: &str, why: &str) -> Result<()> {
+    let mut moving = stage.start_move(id, &[HASTE])?;
     stage.expect_exit(&mut moving, 3)?;
     let said = moving.output()?;
     ensure!(said.contains(why), "it does not say {why:?}:\n{said}");
+    Ok(())
+}
+
+/// The same for `web`, and all is as it was.
+fn expect_refused(stage: &Stage, agent: &Running, why: &str) -> Result<()> {
+    expect_refusal(stage, "web", why)?;
     stage.expect_untouched(agent)
 }
 
@@ -25,8 +32,7 @@ fn a_target_that_has_such_a_container_refuses_it_and_keeps_its_own() -> Result<(
         &Workload::memory_writer(8, 0),
         &ContainerOptions::default(),
     )?;
-    let mut moving = stage.start_move("web", &[HASTE])?;
-    stage.expect_exit(&mut moving, 3)?;
+    expect_refusal(&stage, "web", "exists at the target")?;
     ensure!(other.verify(&b, LIMIT)?.verified);
     other.delete(&b)?;
     std::fs::remove_dir_all(b.path("/srv/web"))?;
@@ -110,16 +116,124 @@ fn processes_that_criu_cannot_take_along_are_refused_before_anything_is_touched(
     ] {
         let workload = Workload::memory_writer(8, 0).arg(oddity);
         let odd = Container::create(&a, "odd", &workload, &ContainerOptions::default())?;
-        let mut moving = stage.start_move("odd", &[HASTE])?;
-        stage.expect_exit(&mut moving, 3)?;
-        let said = moving.output()?;
-        ensure!(said.contains(why), "it does not say {why:?}:\n{said}");
+        expect_refusal(&stage, "odd", why)?;
         ensure!(odd.verify(&a, LIMIT)?.verified);
         odd.delete(&a)?;
         std::fs::remove_dir_all(a.path("/srv/odd"))?;
     }
     stage.expect_untouched(&agent)?;
     stage.expect_next_try()
+}
+
+/// Of a container that works, one thing at a time is made so that it cannot move.
+#[test]
+fn a_container_that_is_tied_to_its_host_is_refused_until_it_is_not() -> Result<()> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let stage = Stage::new(&a, &b)?;
+    let agent = stage.agent(&[HASTE])?;
+
+    let config = a.path("/srv/web/config.json");
+    let good = std::fs::read_to_string(&config)?;
+    type Edit = fn(&mut Value);
+    let edits: [(Edit, &str); 2] = [
+        (
+            |spec| spec["process"]["terminal"] = json!(true),
+            "has a terminal",
+        ),
+        (
+            |spec| {
+                let mount = json!({ "destination": "/x", "source": "data", "options": ["bind"] });
+                spec["mounts"] = json!([mount]);
+            },
+            "no plain absolute path",
+        ),
+    ];
+    for (edit, why) in edits {
+        let mut spec = serde_json::from_str(&good)?;
+        edit(&mut spec);
+        std::fs::write(&config, spec.to_string())?;
+        expect_refusal(&stage, "web", why)?;
+    }
+    std::fs::write(&config, good)?;
+
+    let network = format!("--net=/proc/{}/ns/net", stage.container.pid(&a)?);
+    let link = |what: &[&str]| a.run("nsenter", [&[&network, "ip", "link"], what].concat());
+    link(&["add", "dev0", "type", "veth", "peer", "name", "dev1"])?;
+    expect_refusal(&stage, "web", "network has dev")?;
+    link(&["del", "dev0"])?;
+
+    a.run("runc", ["pause", "web"])?;
+    expect_refusal(&stage, "web", "is paused")?;
+    a.run("runc", ["resume", "web"])?;
+
+    stage.expect_untouched(&agent)?;
+    stage.expect_next_try()
+}
+
+/// Each is started in its own way from one bundle.
+#[test]
+fn a_container_that_was_started_so_that_it_cannot_move_is_refused() -> Result<()> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let stage = Stage::new(&a, &b)?;
+    let agent = stage.agent(&[HASTE])?;
+    let plain = Container::create(
+        &a,
+        "odd",
+        &Workload::memory_writer(8, 0),
+        &ContainerOptions::default(),
+    )?;
+    plain.delete(&a)?;
+    let config = a.path("/srv/odd/config.json");
+    let good = std::fs::read_to_string(&config)?;
+    let with_namespace_of_host = |kind: &str| -> Result<String> {
+        let mut spec: Value = serde_json::from_str(&good)?;
+        let namespaces = spec["linux"]["namespaces"].as_array_mut();
+        namespaces
+            .context("it has namespaces")?
+            .retain(|namespace| namespace["type"] != kind);
+        Ok(spec.to_string())
+    };
+    let null = "</dev/null >/dev/null 2>&1";
+    let cases = [
+        (
+            good.clone(),
+            format!("runc create --bundle /srv/odd odd {null}"),
+            "never started",
+        ),
+        (
+            good.clone(),
+            format!(
+                "runc run --detach --bundle /srv/odd odd {null}; runc kill odd KILL; while ! runc state odd | grep -q stopped; do sleep 0.05; done"
+            ),
+            "is stopped",
+        ),
+        (
+            good.clone(),
+            "runc run --detach --bundle /srv/odd odd </dev/null >/srv/odd/said 2>/dev/null".into(),
+            "standard output of the container is /srv/odd/said",
+        ),
+        (
+            good.clone(),
+            format!(
+                "runc run --detach --preserve-fds 1 --bundle /srv/odd odd {null} 3>/srv/odd/said"
+            ),
+            "of this host open",
+        ),
+        (
+            with_namespace_of_host("network")?,
+            format!("runc run --detach --bundle /srv/odd odd {null}"),
+            "shares this host's network namespace",
+        ),
+    ];
+    for (spec, start, why) in cases {
+        std::fs::write(&config, spec)?;
+        a.run("sh", ["-c", &start])
+            .and_then(|_| expect_refusal(&stage, "odd", why))
+            .with_context(|| start)?;
+        a.run("runc", ["delete", "--force", "odd"])?;
+    }
+    std::fs::remove_dir_all(a.path("/srv/odd"))?;
+    stage.expect_untouched(&agent)
 }
 
 #[test]
