@@ -109,7 +109,13 @@ pub fn check(state_dir: &Path, runtime_root: &Path) -> HostCheck {
 
 fn privileges() -> Finding {
     if nix::unistd::geteuid().is_root() {
-        found("privileges", Verdict::Ok, "root".into(), None)
+        match crate::kernel::has_sys_resource() {
+            Ok(true) => found("privileges", Verdict::Ok, "root".into(), None),
+            _ => {
+                let text = "root without CAP_SYS_RESOURCE: a container with processes of another user cannot leave, and none with higher resource limits than here can come";
+                found("privileges", Verdict::Warning, text.into(), None)
+            }
+        }
     } else {
         let text = "not root: tracing, freezing and restoring containers need it".into();
         found(

@@ -12,6 +12,7 @@
 //!  userfaultfd ───── registers ranges with it
 //!  address_space ─── which processes share one memory
 //!  loopback ──────── brings up the loopback device of a restored container
+//!  tcp_repair ────── gives connections back that a dead CRIU was reading
 //!  private_mounts ── starts a program in a mount namespace of its own
 //!  userfaultfd_missing  fills missing pages of restored processes
 //!  ksm ───────────── whether the kernel merges equal pages
@@ -41,6 +42,7 @@ pub mod ptrace;
 pub mod readiness;
 pub(crate) mod scratch;
 pub mod sparse_file;
+pub mod tcp_repair;
 pub mod userfaultfd;
 pub mod userfaultfd_missing;
 pub mod zero_frames;
@@ -52,6 +54,14 @@ mod arch;
 compile_error!(
     "src/kernel/x86_64.rs needs a sibling for this architecture: registers, system call numbers, calling convention"
 );
+
+/// Whether this process has CAP_SYS_RESOURCE. Without it CRIU can neither read the resource limits of another user's process
+/// nor give a process limits above its own.
+pub fn has_sys_resource() -> std::io::Result<bool> {
+    const CAP_SYS_RESOURCE: u64 = 1 << 24;
+    let own = procfs::process::Process::myself().and_then(|own| own.status());
+    Ok(own.map_err(std::io::Error::other)?.capeff & CAP_SYS_RESOURCE != 0)
+}
 
 /// This boot of this host (`/proc/sys/kernel/random/boot_id`): after a restart nothing of a process is left.
 pub fn boot_id() -> std::io::Result<String> {

@@ -113,6 +113,7 @@ pub fn survey(
         speaks_tcp = has_tcp(container.init_pid, &[TCP_ESTABLISHED, TCP_LISTEN]);
         looks.over("network", &mut refusals, "loopback only".into());
         check_open_files(container, &tasks, &mut refusals)?;
+        check_limits(container, &tasks, &mut refusals)?;
         looks.over(
             "open files",
             &mut refusals,
@@ -327,6 +328,40 @@ fn check_open_files(
                     target.display()
                 ));
             }
+        }
+    }
+    Ok(())
+}
+
+/// CRIU reads the resource limits of every process by `prlimit`, which of another user's needs CAP_SYS_RESOURCE.
+fn check_limits(
+    container: &Container,
+    tasks: &[Task],
+    refusals: &mut Vec<String>,
+) -> io::Result<()> {
+    if crate::kernel::has_sys_resource()? {
+        return Ok(());
+    }
+    let (user, group) = (
+        nix::unistd::getuid().as_raw(),
+        nix::unistd::getgid().as_raw(),
+    );
+    for task in tasks.iter().filter(|task| !task.zombie) {
+        // One that is gone has none.
+        let process = procfs::process::Process::new(task.pid);
+        let Ok(theirs) = process.and_then(|process| process.status()) else {
+            continue;
+        };
+        let users = [theirs.ruid, theirs.euid, theirs.suid];
+        let groups = [theirs.rgid, theirs.egid, theirs.sgid];
+        if users.iter().any(|theirs| *theirs != user)
+            || groups.iter().any(|theirs| *theirs != group)
+        {
+            refusals.push(format!(
+                "process {} in container {} runs as user {}, whose limits CRIU may not read without CAP_SYS_RESOURCE: run migrate with it",
+                task.vpid, container.id, theirs.ruid
+            ));
+            break;
         }
     }
     Ok(())

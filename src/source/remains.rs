@@ -1,5 +1,6 @@
 //! Ending a migration at the source, either way: what a running migration does and what recovery does after a crash.
 
+use crate::kernel::tcp_repair;
 use crate::runtime::home::{HomeError, remove_home};
 use crate::runtime::runc::Runc;
 use crate::runtime::{Freezer, Task, tasks_of_cgroup};
@@ -42,19 +43,27 @@ pub enum RemainsError {
     /// The directory it had with the engine stays.
     #[error(transparent)]
     Home(#[from] HomeError),
+    /// Connections cannot be given back.
+    #[error("cannot take the connections of process {pid} out of CRIU's hands: {source}")]
+    Connections {
+        /// The process.
+        pid: i32,
+        /// The system's reason.
+        source: io::Error,
+    },
     /// A packet filter table of CRIU could not be removed.
     #[error("cannot remove CRIU's network lock from the container's network namespace: {0}")]
     NetworkLock(String),
 }
 
-/// Lets a container go on that CRIU has let go of.
+/// Lets a container go on that CRIU has let go of, or that is frozen while CRIU is dead.
 pub fn let_go_on(
     runc: &Runc,
     id: &str,
     freezer: &Freezer,
     init_pid: i32,
 ) -> Result<(), RemainsError> {
-    let unlocked = remove_network_lock(init_pid);
+    let unlocked = remove_network_lock(freezer, init_pid);
     freezer.thaw()?;
     runc.forget_checkpoint(id)?;
     unlocked
@@ -123,10 +132,11 @@ fn wait_until_gone(tasks: &[Task]) -> Result<(), RemainsError> {
     Ok(())
 }
 
-/// Removes the nftables table that a CRIU which died leaves in the container's network namespace.
+/// Removes the nftables table that a CRIU which died leaves in the container's network namespace. Its connections are in
+/// repair mode then: they are taken out of it.
 ///
 /// CRIU names it `inet CRIU-<pid>` (criu/netfilter.c). Without `nft` on this host there is none of ours.
-fn remove_network_lock(init_pid: i32) -> Result<(), RemainsError> {
+fn remove_network_lock(freezer: &Freezer, init_pid: i32) -> Result<(), RemainsError> {
     let namespace = PathBuf::from(format!("/proc/{init_pid}/ns/net"));
     if !namespace.exists() || !has_nft() {
         return Ok(());
@@ -137,6 +147,12 @@ fn remove_network_lock(init_pid: i32) -> Result<(), RemainsError> {
             .strip_prefix("table inet ")
             .filter(|name| name.starts_with("CRIU-"))
         {
+            for task in tasks(freezer)? {
+                tcp_repair::end(task.pid).map_err(|source| RemainsError::Connections {
+                    pid: task.pid,
+                    source,
+                })?;
+            }
             nft(&namespace, &["delete", "table", "inet", table])
                 .map_err(RemainsError::NetworkLock)?;
         }

@@ -4,15 +4,19 @@
 use crate::stage::{HASTE, LIMIT, Stage, find, signal, wait_stopped};
 use anyhow::Result;
 use nix::sys::signal::Signal;
-use rig::{Host, Running};
+use rig::{Host, Running, Workload};
 
 /// What is done while the source is stopped.
 type Harm = fn(&Stage, &mut Running, &mut Running) -> Result<()>;
 
 /// Stops the source before `step`, does the harm, and lets the source go on: it must roll back.
 fn source_rolls_back(step: &str, harm: Harm) -> Result<()> {
+    source_rolls_back_of(&Workload::memory_writer(32, 10), step, harm)
+}
+
+fn source_rolls_back_of(workload: &Workload, step: &str, harm: Harm) -> Result<()> {
     let (a, b) = (Host::new("a")?, Host::new("b")?);
-    let stage = Stage::new(&a, &b)?;
+    let stage = Stage::with_workload(&a, &b, workload)?;
     let mut agent = stage.agent(&[HASTE])?;
     let fault = format!("MIGRATE_FAULT=source:{step}:stop");
     let mut moving = stage.start_move("web", &[HASTE, &fault])?;
@@ -41,8 +45,12 @@ fn target_rolls_back(step: &str, harm: Harm) -> Result<()> {
 
 /// Kills the source before `step`: the guard alone must let the container go on.
 fn guard_rolls_back(step: &str) -> Result<()> {
+    guard_rolls_back_of(&Workload::memory_writer(32, 10), step)
+}
+
+fn guard_rolls_back_of(workload: &Workload, step: &str) -> Result<()> {
     let (a, b) = (Host::new("a")?, Host::new("b")?);
-    let stage = Stage::new(&a, &b)?;
+    let stage = Stage::with_workload(&a, &b, workload)?;
     let agent = stage.agent(&[HASTE])?;
     let fault = format!("MIGRATE_FAULT=source:{step}:kill");
     let mut moving = stage.start_move("web", &[HASTE, &fault])?;
@@ -136,6 +144,20 @@ fn criu_killed_when_its_dump_is_complete_does_no_harm() -> Result<()> {
     source_rolls_back("FreezeAgain", |_, moving, _| {
         signal(find(moving, &["criu: dump"])?, Signal::SIGKILL)
     })
+}
+
+/// CRIU has cut the container's network off by then and taken its connections in hand; with CRIU dead nobody but the engine
+/// undoes that.
+#[test]
+fn criu_killed_with_the_network_locked_leaves_no_connection_cut() -> Result<()> {
+    source_rolls_back_of(&Workload::redis(16), "SendImages", |_, moving, _| {
+        signal(find(moving, &["criu: dump"])?, Signal::SIGKILL)
+    })
+}
+
+#[test]
+fn a_source_killed_with_the_network_locked_leaves_no_connection_cut() -> Result<()> {
+    guard_rolls_back_of(&Workload::redis(16), "SendImages")
 }
 
 #[test]

@@ -236,6 +236,27 @@ fn a_container_that_was_started_so_that_it_cannot_move_is_refused() -> Result<()
     stage.expect_untouched(&agent)
 }
 
+/// CRIU would fail at the freeze.
+#[test]
+fn processes_of_another_user_are_refused_without_the_right_to_read_their_limits() -> Result<()> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let stage = Stage::new(&a, &b)?;
+    let agent = stage.agent(&[HASTE])?;
+    let other = ContainerOptions {
+        user: 1000,
+        ..ContainerOptions::default()
+    };
+    let odd = Container::create(&a, "odd", &Workload::memory_writer(8, 0), &other)?;
+    let without = ["setpriv", "--bounding-set=-sys_resource"];
+    let mut moving = stage.start_move("odd", &without)?;
+    stage.expect_exit(&mut moving, 3)?;
+    let said = moving.output()?;
+    ensure!(said.contains("CAP_SYS_RESOURCE"), "{said}");
+    odd.delete(&a)?;
+    std::fs::remove_dir_all(a.path("/srv/odd"))?;
+    stage.expect_untouched(&agent)
+}
+
 #[test]
 fn a_disk_that_fills_up_at_the_target_costs_the_container_nothing() -> Result<()> {
     let small = HostOptions {
