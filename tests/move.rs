@@ -109,6 +109,27 @@ fn move_with(workload: &Workload, options: &[&str]) -> Result<Value> {
     Ok(report)
 }
 
+/// System calls are forbidden that tracking needs elsewhere, and little more memory is allowed than there is.
+#[test]
+fn a_container_under_seccomp_and_within_tight_limits_moves_in_every_way() -> Result<()> {
+    for mode in ["pre-copy", "post-copy"] {
+        let (a, b) = (Host::new("a")?, Host::new("b")?);
+        let pair = Pair::new(&a, &b)?;
+        let forbidden = ["userfaultfd", "ptrace", "process_vm_readv", "memfd_create"];
+        let options = ContainerOptions {
+            memory_limit_mib: Some(80),
+            forbidden_calls: forbidden.map(str::to_owned).to_vec(),
+            ..ContainerOptions::default()
+        };
+        let container = Container::create(&a, "web", &Workload::memory_writer(64, 20), &options)?;
+        let mode = format!("--mode={mode}");
+        let report = pair.move_with(&a, &[&mode], "web")?;
+        ensure!(report["dump"] == "skeleton", "{report:#}");
+        pair.ensure_lives_only_on(&b, &container)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn pages_that_are_written_all_the_time_wait_for_the_freeze() -> Result<()> {
     let workload = Workload::memory_writer(256, 300).arg("--working-set-mib=16");
