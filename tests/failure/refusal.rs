@@ -73,7 +73,7 @@ fn a_source_that_the_target_does_not_trust_is_not_let_in() -> Result<()> {
     let stage = Stage::new(&a, &b)?;
     let agent = stage.agent(&[HASTE])?;
     b.run("migrate", ["trust", "remove", "a"])?;
-    expect_refused(&stage, &agent, "")?;
+    expect_refused(&stage, &agent, "does not trust this host")?;
     rig::introduce(&b, &a)?;
     stage.expect_next_try()
 }
@@ -86,7 +86,7 @@ fn a_target_that_shows_another_certificate_than_the_trusted_gets_nothing() -> Re
     a.run("migrate", ["trust", "remove", "b"])?;
     let wrong = format!("sha256:{}", "ab".repeat(32));
     a.run("migrate", ["trust", "add", "b", &wrong])?;
-    expect_refused(&stage, &agent, "")
+    expect_refused(&stage, &agent, "is not trusted here")
 }
 
 #[test]
