@@ -45,6 +45,10 @@ pub enum RestoreError {
     NotWaiting(String),
 }
 
+/// CRIU waits for its inventory, at the other end of this pipe.
+#[derive(Debug)]
+pub struct Ready(File);
+
 /// A restore under way. Dropping it kills it and what it restored, unless it was finished.
 #[derive(Debug)]
 pub struct Restore {
@@ -91,17 +95,17 @@ impl Restore {
         })
     }
 
-    /// Gives CRIU its inventory: from here on it restores.
-    pub fn let_go(&mut self, inventory: &[u8]) -> Result<(), RestoreError> {
+    /// Waits until CRIU waits for its inventory. It is in the container's cgroups then.
+    pub fn wait_ready(&mut self) -> Result<Ready, RestoreError> {
         let deadline = Instant::now() + Duration::from_secs(20);
-        let mut fifo = loop {
+        loop {
             // Without a reader a non-blocking open for writing says ENXIO.
             let opened = OpenOptions::new()
                 .write(true)
                 .custom_flags(OFlag::O_NONBLOCK.bits())
                 .open(&self.inventory);
             match opened {
-                Ok(fifo) => break fifo,
+                Ok(fifo) => return Ok(Ready(fifo)),
                 Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {}
                 Err(source) => {
                     return Err(RestoreError::Prepare {
@@ -115,7 +119,12 @@ impl Restore {
                 return Err(RestoreError::NotWaiting(self.last_words()));
             }
             thread::sleep(Duration::from_micros(200));
-        };
+        }
+    }
+
+    /// Gives CRIU its inventory: from here on it restores.
+    pub fn let_go(&mut self, ready: Ready, inventory: &[u8]) -> Result<(), RestoreError> {
+        let Ready(mut fifo) = ready;
         // An inventory is far smaller than a pipe's buffer, so the write does not block.
         fifo.write_all(inventory)
             .map_err(|source| RestoreError::Prepare {

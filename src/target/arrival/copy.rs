@@ -12,7 +12,7 @@ use crate::target::compose::{Delivery, compose};
 use crate::target::pager::{PagerEvent, PagerHandle, PagerHandleError, TaskMemory};
 use crate::target::receive::Receiver;
 use crate::target::remains::Found;
-use crate::target::restore::{INVENTORY, Restore};
+use crate::target::restore::{INVENTORY, Restore, RestoreError};
 use crate::target::stdio;
 use crate::wire::message::{Manifest, Prestart, Requirements};
 use crate::wire::peer_error::PeerError;
@@ -190,13 +190,6 @@ impl Arrival<'_> {
                 .serve(tasks, &self.all_cgroups, PAGER_PATIENCE)
                 .map_err(|error| fill_failed(&error))?;
         }
-        if !debts.is_empty() {
-            if !self.all_cgroups.iter().any(|path| path.is_dir()) {
-                let none = "the container has no cgroup of its own to be stopped by".to_string();
-                return Err((PeerError::FillFailed, none));
-            }
-            self.take_in_debts(debts)?;
-        }
         let inventory_file = self.work.join(INVENTORY);
         let inventory = fs::read(&inventory_file).map_err(|error| {
             (
@@ -204,15 +197,24 @@ impl Arrival<'_> {
                 format!("{}: {error}", inventory_file.display()),
             )
         })?;
-        self.times.compose = start.elapsed();
-        self.times.restore_began = Some(Instant::now());
-        self.deadline = Some(Instant::now() + RESTORE_PATIENCE);
+        let restore_failed = |error: RestoreError| (PeerError::RestoreFailed, error.to_string());
         let Some(restore) = &mut self.restore else {
             return Err((PeerError::Unexpected, "a manifest without prestart".into()));
         };
-        restore
-            .let_go(&inventory)
-            .map_err(|error| (PeerError::RestoreFailed, error.to_string()))
+        let ready = restore.wait_ready().map_err(restore_failed)?;
+        if !debts.is_empty() {
+            // Asked only now: a slow runtime makes them late.
+            if !self.all_cgroups.iter().any(|path| path.is_dir()) {
+                let none = "the container has no cgroup of its own to be stopped by".to_string();
+                return Err((PeerError::FillFailed, none));
+            }
+            self.take_in_debts(debts)?;
+        }
+        self.times.compose = start.elapsed();
+        self.times.restore_began = Some(Instant::now());
+        self.deadline = Some(Instant::now() + RESTORE_PATIENCE);
+        let restore = self.restore.as_mut().expect("it waits for the inventory");
+        restore.let_go(ready, &inventory).map_err(restore_failed)
     }
 
     /// Every page the images name was received: composing proved it. Now the pager must hold all that is to be filled.
