@@ -1,6 +1,8 @@
 //! Owed pages from a process that stands still to a page store, over real connections on loopback: every page right and
 //! once, under faults and push, through cuts, and with peers that lie. Needs a C compiler; fails without one.
 
+mod shared_pages;
+
 use bytes::Bytes;
 use migrate::memory::{PAGE_SIZE, PageNumber, PageRange, PageSet, SpaceId};
 use migrate::source::send::PagesToSend;
@@ -156,6 +158,14 @@ impl Scene {
     fn server_with(&self, compression: Compression) -> PageServer {
         let pages = self.holders.iter().map(Holder::to_send).collect();
         PageServer::new(pages, compression).expect("the processes are there")
+    }
+
+    /// One to which the target says what is owed.
+    fn server_that_knows_nothing(&self) -> PageServer {
+        let processes = self.holders.iter();
+        let processes = processes.map(|holder| (holder.space(), holder.pid));
+        let processes: Vec<(SpaceId, i32)> = processes.collect();
+        PageServer::resume(&processes, Compression::Auto).expect("the processes are there")
     }
 
     /// Pages of all processes.
@@ -445,62 +455,6 @@ fn every_page_arrives_right_and_once_under_faults_and_push() {
 }
 
 #[test]
-fn what_forked_processes_share_is_pushed_once() {
-    for codec in [Codec::None, Codec::Lz4] {
-        let scene = Scene::forked(6400, 4);
-        let (wire, server) = (
-            scene.connect(),
-            scene.server_with(Compression::Always(codec)),
-        );
-        let (post_copy, mut pager) = scene.owing();
-        let progress = server.progress();
-        let copying = post_copy.attach(&wire.to);
-        let serving = server.attach(&wire.from).expect("a thread");
-        scene.ensure_over(serving, copying, &mut pager);
-        let served = progress.now();
-        let mut own = 0;
-        let mut shared = 0;
-        for holder in &scene.holders {
-            let data = || (0..holder.pages).filter(|&index| !is_zero(index));
-            let written = data().filter(|&index| holder.fill.is_own(index)).count() as u64;
-            own += written;
-            shared += data().count() as u64 - written;
-        }
-        assert_eq!(served.pushed_pages, scene.pages(), "{served:?}");
-        assert!(
-            served.same_pages <= shared,
-            "{shared} are shared: {served:?}"
-        );
-        // The kernel may move a page just between two looks.
-        assert!(
-            served.same_pages > shared * 99 / 100,
-            "{shared} are shared: {served:?}"
-        );
-        let most = own * PAGE_SIZE * 105 / 100;
-        assert!(
-            served.pushed_bytes < most,
-            "{own} pages once are less: {served:?}"
-        );
-    }
-}
-
-#[test]
-fn shared_pages_arrive_right_and_once_under_faults_in_all_processes() {
-    let scene = Scene::forked(5000, 3);
-    let (wire, server) = (scene.connect(), scene.server());
-    let (post_copy, mut pager) = scene.owing();
-    let progress = server.progress();
-    let copying = post_copy.attach(&wire.to);
-    let serving = server.attach(&wire.from).expect("a thread");
-    for (step, page) in scattered(13, 4990).take(1000).enumerate() {
-        pager.fault(1 + (step % 4) as i32, pages(page, 1 + page % 9));
-    }
-    scene.ensure_over(serving, copying, &mut pager);
-    let served = progress.now();
-    assert!(served.faults > 0 && served.same_pages > 0, "{served:?}");
-}
-
-#[test]
 fn the_bandwidth_limit_holds_for_the_push_and_not_for_faults() {
     let scene = Scene::new(&[4000]);
     let (wire, server) = (scene.connect(), scene.server());
@@ -523,11 +477,6 @@ fn the_bandwidth_limit_holds_for_the_push_and_not_for_faults() {
 #[test]
 fn a_cut_connection_is_replaced_and_both_ends_go_on_where_they_were() {
     cut_again_and_again(&Scene::new(&[12_000, 3000]));
-}
-
-#[test]
-fn both_ends_go_on_after_a_cut_when_pages_are_shared() {
-    cut_again_and_again(&Scene::forked(12_000, 2));
 }
 
 fn cut_again_and_again(scene: &Scene) {
