@@ -22,6 +22,7 @@
 
 use super::arrivals::Arrivals;
 use crate::memory::{PAGE_SIZE, PageRange, PageSet, SpaceId};
+use crate::wire::page_frame::{Run, RunKind};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -147,6 +148,20 @@ pub struct PageRun {
     pub pages: PageRange,
     /// What they contain.
     pub content: RunContent,
+}
+
+impl From<&Run> for PageRun {
+    fn from(run: &Run) -> PageRun {
+        PageRun {
+            pages: run.range,
+            content: match run.kind {
+                RunKind::Data => RunContent::Data,
+                RunKind::Zero => RunContent::Zero,
+                RunKind::Owed => RunContent::Owed,
+                RunKind::Same(origin) => RunContent::Same(origin),
+            },
+        }
+    }
 }
 
 /// The newest copy of every page of a container, shared by the placing threads.
