@@ -9,10 +9,42 @@ use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 /// A guest runs its programs this many times slower than this machine, roughly.
 const SLOWNESS: u32 = 10;
+
+/// Guests that may run at the same time: an emulated processor takes a real one, and with less than that every patience in a
+/// guest would have to be longer.
+const AT_ONCE: usize = 2;
+
+/// Permits for guests, of which there are [`AT_ONCE`].
+struct Permits(usize);
+
+static TAKEN: Mutex<usize> = Mutex::new(0);
+static GIVEN_BACK: Condvar = Condvar::new();
+
+impl Permits {
+    /// Waits for as many as a test boots guests, all at once: two tests that each have half would wait for ever.
+    fn take(guests: usize) -> Permits {
+        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        while *taken + guests > AT_ONCE {
+            taken = GIVEN_BACK
+                .wait(taken)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        *taken += guests;
+        Permits(guests)
+    }
+}
+
+impl Drop for Permits {
+    fn drop(&mut self) {
+        *TAKEN.lock().unwrap_or_else(PoisonError::into_inner) -= self.0;
+        GIVEN_BACK.notify_all();
+    }
+}
 
 fn migrate() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_migrate"))
@@ -76,6 +108,7 @@ fn passed(finished: &Finished, at_least: usize) -> Result<()> {
 /// Whatever a test in a guest says is worth nothing if a failure there could look like a success here.
 #[test]
 fn a_job_that_fails_or_hangs_fails_here_and_shows_the_console() -> Result<()> {
+    let _permit = Permits::take(1);
     let failing = Guest::new("6.12").run(Job::new("echo a last word; exit 7")?);
     let said = format!("{:?}", failing.expect_err("the job ended with 7"));
     ensure!(said.contains("exit status: 7"), "{said}");
@@ -83,7 +116,7 @@ fn a_job_that_fails_or_hangs_fails_here_and_shows_the_console() -> Result<()> {
     ensure!(said.contains("userland after"), "no console: {said}");
 
     let mut hanging = Guest::new("6.12");
-    hanging.limit = Duration::from_secs(20);
+    hanging.limit = Duration::from_secs(40);
     let said = hanging.run(Job::new("echo it hangs; sleep 1000")?);
     let said = format!("{:?}", said.expect_err("the job never ends"));
     ensure!(said.contains("exit status: 124"), "{said}");
@@ -122,6 +155,7 @@ fn bad_arguments_to_the_guest_script_are_told_in_one_line() -> Result<()> {
 
 #[test]
 fn check_chooses_what_works_on_each_kernel() -> Result<()> {
+    let _permit = Permits::take(1);
     for kernel in KERNELS {
         let job = Job::new(
             "migrate=target/debug/migrate\n$migrate check; $migrate check --json >/job/out/check.json",
@@ -166,6 +200,7 @@ fn trackers_of(kernel: &'static str, offered: &str) -> Result<()> {
     job.directory(&programs)?;
     let mut guest = Guest::new(kernel);
     guest.limit = Duration::from_secs(600);
+    let _permit = Permits::take(1);
     passed(&guest.run(job)?, 20)
 }
 
@@ -179,30 +214,40 @@ fn both_trackers_miss_no_page_on_6_12() -> Result<()> {
     trackers_of("6.12", "uffd-wp,soft-dirty")
 }
 
+const PRE_COPY: [&str; 2] = [
+    "next_to_no_page_is_dumped_of_a_container_that_writes_until_it_is_frozen",
+    "forty_processes_move_with_all_that_joins_them",
+];
+
 /// Whole moves between two hosts in one guest, with Debian 13's own CRIU and cgroup v2.
-fn moves_on(kernel: &'static str) -> Result<()> {
-    let tests = [
-        "next_to_no_page_is_dumped_of_a_container_that_writes_until_it_is_frozen",
-        "forty_processes_move_with_all_that_joins_them",
-    ];
+fn moves_on(kernel: &'static str, tests: &[&str]) -> Result<()> {
     let mut guest = Guest::new(kernel);
     guest.memory_mib = 3072;
     guest.limit = Duration::from_secs(600);
     let settings = format!("export MIGRATE_TEST_SLOWNESS={SLOWNESS}");
-    passed(
-        &guest.run(tests_job("move", &settings, &tests)?)?,
-        tests.len(),
-    )
+    let job = tests_job("move", &settings, tests)?;
+    let _permit = Permits::take(1);
+    passed(&guest.run(job)?, tests.len())
 }
 
 #[test]
 fn containers_move_on_6_1_with_soft_dirty() -> Result<()> {
-    moves_on("6.1")
+    moves_on("6.1", &PRE_COPY)
 }
 
 #[test]
 fn containers_move_on_6_12_with_cgroup_v2() -> Result<()> {
-    moves_on("6.12")
+    moves_on("6.12", &PRE_COPY)
+}
+
+/// The copy's cgroup, its freezer and its quota are those of cgroup v2 here.
+#[test]
+fn containers_move_in_post_copy_on_6_12_with_cgroup_v2() -> Result<()> {
+    let tests = [
+        "post_copy_moves_first_and_brings_every_byte_afterwards",
+        "forty_processes_move_in_post_copy",
+    ];
+    moves_on("6.12", &tests)
 }
 
 /// One end of a wire.
@@ -244,6 +289,7 @@ fn between(first: End, second: End, moves: &str) -> Result<()> {
         };
         guest.start(job)
     };
+    let _permits = Permits::take(2);
     // In the order that is harder for the wire.
     let connecting = boot(&second, "second", WireEnd::Connects)?;
     let listening = boot(&first, "first", WireEnd::Listens)?;

@@ -1,6 +1,8 @@
 //! Owed pages from a process that stands still to a page store, over real connections on loopback: every page right and
 //! once, under faults and push, through cuts, and with peers that lie. Needs a C compiler; fails without one.
 
+mod shared_pages;
+
 use bytes::Bytes;
 use migrate::memory::{PAGE_SIZE, PageNumber, PageRange, PageSet, SpaceId};
 use migrate::source::send::PagesToSend;
@@ -48,9 +50,20 @@ struct Scene {
 
 /// A process with memory.
 struct Holder {
-    process: Child,
+    /// `None` if it was forked by another one, with which it ends.
+    process: Option<Child>,
+    pid: i32,
     vpid: i32,
     pages: u64,
+    fill: Fill,
+}
+
+/// What a holder's pages hold.
+#[derive(Clone, Copy)]
+struct Fill {
+    seed: i32,
+    /// Whose pages it shares, all but the 64th part that it wrote anew.
+    parent: Option<i32>,
 }
 
 /// Both ends of a connection, and what keeps it open.
@@ -65,12 +78,25 @@ struct Pager {
     line: SupplyLine,
     memfds: BTreeMap<i32, File>,
     sizes: BTreeMap<i32, u64>,
+    fills: BTreeMap<i32, Fill>,
     came: BTreeMap<i32, PageSet>,
     asked_again: u32,
 }
 
 impl Scene {
+    /// With processes of so many pages, which share nothing.
     fn new(sizes: &[u64]) -> Scene {
+        let holders = (1..).zip(sizes);
+        let holders = holders.flat_map(|(vpid, &pages)| Holder::start(vpid, pages, 0));
+        Scene::with(holders.collect())
+    }
+
+    /// With a process of so many pages, and those that it forked.
+    fn forked(pages: u64, children: u64) -> Scene {
+        Scene::with(Holder::start(1, pages, children))
+    }
+
+    fn with(holders: Vec<Holder>) -> Scene {
         let dirs = [(); 2].map(|()| tempfile::tempdir().expect("a directory"));
         let [near, far] = dirs.each_ref().map(|dir| {
             let identity = Identity::load_or_create(dir.path()).expect("an identity");
@@ -86,9 +112,6 @@ impl Scene {
             Listener::bind(any, far.0, far.1, Settings::default()).expect("listens")
         });
         let listener = target.handle().block_on(listening).expect("runs");
-        let holders = (1..)
-            .zip(sizes)
-            .map(|(vpid, &pages)| Holder::start(vpid, pages));
         Scene {
             _dirs: dirs,
             source,
@@ -99,7 +122,7 @@ impl Scene {
                 spaces: 8,
                 bytes: 1 << 30,
             })),
-            holders: holders.collect(),
+            holders,
         }
     }
 
@@ -129,8 +152,25 @@ impl Scene {
     }
 
     fn server(&self) -> PageServer {
+        self.server_with(Compression::Auto)
+    }
+
+    fn server_with(&self, compression: Compression) -> PageServer {
         let pages = self.holders.iter().map(Holder::to_send).collect();
-        PageServer::new(pages, Compression::Auto).expect("the processes are there")
+        PageServer::new(pages, compression).expect("the processes are there")
+    }
+
+    /// One to which the target says what is owed.
+    fn server_that_knows_nothing(&self) -> PageServer {
+        let processes = self.holders.iter();
+        let processes = processes.map(|holder| (holder.space(), holder.pid));
+        let processes: Vec<(SpaceId, i32)> = processes.collect();
+        PageServer::resume(&processes, Compression::Auto).expect("the processes are there")
+    }
+
+    /// Pages of all processes.
+    fn pages(&self) -> u64 {
+        self.holders.iter().map(|holder| holder.pages).sum()
     }
 
     /// Makes the store owe everything; gives the agent's part and the pager's.
@@ -140,6 +180,7 @@ impl Scene {
             line: theirs,
             memfds: BTreeMap::new(),
             sizes: BTreeMap::new(),
+            fills: BTreeMap::new(),
             came: BTreeMap::new(),
             asked_again: 0,
         };
@@ -153,6 +194,7 @@ impl Scene {
             let memfd = self.store.memfd(holder.space()).expect("a memfd");
             pager.memfds.insert(holder.vpid, memfd.into());
             pager.sizes.insert(holder.vpid, holder.pages);
+            pager.fills.insert(holder.vpid, holder.fill);
             tasks.push(OwingTask {
                 space: holder.space(),
                 vpid: holder.vpid,
@@ -186,9 +228,11 @@ impl Scene {
 }
 
 impl Holder {
-    fn start(vpid: i32, pages: u64) -> Holder {
+    /// A process and its children, whose vpids follow its own.
+    fn start(vpid: i32, pages: u64, children: u64) -> Vec<Holder> {
         let mut process = Command::new(holder_program())
-            .args([format!("{BASE:x}"), pages.to_string(), vpid.to_string()])
+            .arg(format!("{BASE:x}"))
+            .args([pages, u64::from(vpid.cast_unsigned()), children].map(|arg| arg.to_string()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -196,12 +240,30 @@ impl Holder {
         let mut line = String::new();
         let output = process.stdout.take().expect("its output");
         BufReader::new(output).read_line(&mut line).expect("a line");
-        assert_eq!(line, "ready\n");
-        Holder {
-            process,
+        let children = line.trim().strip_prefix("ready").expect("it is ready");
+        let children = children.split_whitespace();
+        let children: Vec<i32> = children.map(|pid| pid.parse().expect("a pid")).collect();
+        let first = Holder {
+            pid: process.id().cast_signed(),
+            process: Some(process),
             vpid,
             pages,
-        }
+            fill: Fill {
+                seed: vpid,
+                parent: None,
+            },
+        };
+        let forked = (vpid + 1..).zip(children).map(|(child, pid)| Holder {
+            process: None,
+            pid,
+            vpid: child,
+            pages,
+            fill: Fill {
+                seed: child,
+                parent: Some(vpid),
+            },
+        });
+        [first].into_iter().chain(forked).collect()
     }
 
     fn space(&self) -> SpaceId {
@@ -215,16 +277,34 @@ impl Holder {
     fn to_send(&self) -> PagesToSend {
         PagesToSend {
             space: self.space(),
-            pid: self.process.id().cast_signed(),
+            pid: self.pid,
             pages: [self.all()].into_iter().collect(),
+        }
+    }
+
+    fn end(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill().expect("killed");
+            process.wait().expect("reaped");
         }
     }
 }
 
 impl Drop for Holder {
     fn drop(&mut self) {
-        self.process.kill().expect("killed");
-        self.process.wait().expect("reaped");
+        self.end();
+    }
+}
+
+impl Fill {
+    /// Whether the process wrote this page after it was forked.
+    fn is_own(self, index: u64) -> bool {
+        self.parent.is_none() || index % 64 == u64::from(self.seed.cast_unsigned()) % 64
+    }
+
+    fn page(self, index: u64) -> Vec<u8> {
+        let parent = self.parent.filter(|_| !self.is_own(index));
+        page_content(parent.unwrap_or(self.seed), index)
     }
 }
 
@@ -290,7 +370,7 @@ impl Pager {
             memfd.read_exact_at(&mut content, offset).expect("read");
             let index = page.start().0 - BASE / PAGE_SIZE;
             assert!(
-                content == page_content(vpid, index),
+                content == self.fills[&vpid].page(index),
                 "page {index} of {vpid} is wrong"
             );
             let flags = nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE
@@ -306,13 +386,17 @@ fn pages(index: u64, pages: u64) -> PageRange {
     PageRange::from_start_len(PageNumber(BASE / PAGE_SIZE + index), pages).expect("a range")
 }
 
+fn is_zero(index: u64) -> bool {
+    index % 7 == 3
+}
+
 /// What tests/programs/holder.c fills a page with.
-fn page_content(vpid: i32, index: u64) -> Vec<u8> {
-    let seed = u64::from(vpid.cast_unsigned());
+fn page_content(seed: i32, index: u64) -> Vec<u8> {
+    let seed = u64::from(seed.cast_unsigned());
     let first = (index + seed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let word = |i: u64| match index % 7 {
-        3 => 0,
-        _ => first.wrapping_add(i.wrapping_mul(0xbf58_476d_1ce4_e5b9)) | 1,
+    let word = |i: u64| match is_zero(index) {
+        true => 0,
+        false => first.wrapping_add(i.wrapping_mul(0xbf58_476d_1ce4_e5b9)) | 1,
     };
     (0..PAGE_SIZE / 8)
         .flat_map(|i| word(i).to_le_bytes())
@@ -392,7 +476,10 @@ fn the_bandwidth_limit_holds_for_the_push_and_not_for_faults() {
 
 #[test]
 fn a_cut_connection_is_replaced_and_both_ends_go_on_where_they_were() {
-    let scene = Scene::new(&[12_000, 3000]);
+    cut_again_and_again(&Scene::new(&[12_000, 3000]));
+}
+
+fn cut_again_and_again(scene: &Scene) {
     let mut server = scene.server();
     let (mut post_copy, mut pager) = scene.owing();
     let progress = server.progress();
@@ -496,8 +583,7 @@ fn a_process_that_is_gone_ends_the_service_and_the_target_is_told() {
     let wire = scene.connect();
     let (post_copy, _pager) = scene.owing();
     let server = scene.server();
-    scene.holders[0].process.kill().expect("killed");
-    scene.holders[0].process.wait().expect("reaped");
+    scene.holders[0].end();
     let copying = post_copy.attach(&wire.to);
     let serving = server.attach(&wire.from).expect("a thread");
     let error = serving.wait().1.expect_err("nothing can be read");

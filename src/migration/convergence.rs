@@ -227,7 +227,7 @@ pub fn whole(rounds: &[RoundMeasured]) -> usize {
 /// Pages per second over the latest rounds. Zero pages cost no wire and are left out, so that a first round
 /// over a half-empty container does not promise a speed its dirty pages will not have; only when nothing but
 /// zeros was sent do they count.
-fn throughput(rounds: &[RoundMeasured]) -> Option<f64> {
+pub fn throughput(rounds: &[RoundMeasured]) -> Option<f64> {
     let recent = &rounds[rounds.len().saturating_sub(RECENT_ROUNDS)..];
     let time: Duration = recent
         .iter()

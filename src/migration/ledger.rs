@@ -22,13 +22,17 @@
 //! # Samples
 //!
 //! A first round that sends everything may take minutes, all in vain if the container writes faster than the link. So the
-//! first rounds of a large container are samples: a thirty-second part of it each, the first two, then each as much as all
-//! before it ([`SAMPLE_PARTS`]), and between them a look at what was dirtied. They cost little when the rest is then owed,
-//! next to nothing when it is sent, and a container that writes faster and faster is found out before much was sent in vain.
-//! Being short, the first ones also tell hot pages from those that a long round finds dirty whatever their heat.
+//! first rounds are samples: a thirty-second part of the container each, the first two, then each as much as all before it
+//! ([`SAMPLE_PARTS`]), and between them a look at what was dirtied. They cost little when the rest is then owed, next to
+//! nothing when it is sent, and a container that writes faster and faster is found out before much was sent in vain. Being
+//! short, the first ones also tell hot pages from those that a long round finds dirty whatever their heat. As soon as the link
+//! is known to send what is left within [`WORTH_SAMPLING`] there are no more of them: it is time that is saved, so a small
+//! container is sampled over a slow link and not over a fast one.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
+use super::convergence::time_to_send;
 use crate::memory::{PageNumber, PageRange, PageSet, SpaceId};
 
 /// Scans in a row that must find a page dirty before it is hot.
@@ -37,8 +41,11 @@ pub const HOT_SCANS: usize = 2;
 /// Rounds that only sample: of how many parts of the container each sends one.
 pub const SAMPLE_PARTS: [u64; 5] = [32, 32, 16, 8, 4];
 
-/// Below this a sample would be shorter than the scan after it: 16 384 pages are 64 MiB.
-const SAMPLED_FROM: u64 = 16_384;
+/// Below this not even one sample is taken, which would be too short to say how fast the link is: 2048 pages are 8 MiB.
+const SAMPLED_FROM: u64 = 2048;
+
+/// What may be sent in vain, rather than sampled.
+const WORTH_SAMPLING: Duration = Duration::from_millis(250);
 
 /// Pages by address space.
 pub type Pages = BTreeMap<SpaceId, PageSet>;
@@ -89,11 +96,12 @@ impl Ledger {
         }
     }
 
-    /// Takes out what the next round sends.
-    pub fn next_round(&mut self) -> Round {
-        if let Some(parts) = SAMPLE_PARTS.get(self.samples)
-            && self.all >= SAMPLED_FROM
-        {
+    /// Takes out what the next round sends. `throughput` is in pages a second, if it is known yet.
+    pub fn next_round(&mut self, throughput: Option<f64>) -> Round {
+        if !self.is_worth_sampling(throughput) {
+            self.samples = SAMPLE_PARTS.len();
+        }
+        if let Some(parts) = SAMPLE_PARTS.get(self.samples) {
             self.samples += 1;
             return self.sample(self.all / parts);
         }
@@ -104,6 +112,11 @@ impl Ledger {
             pages,
             sample: false,
         }
+    }
+
+    fn is_worth_sampling(&self, throughput: Option<f64>) -> bool {
+        self.all >= SAMPLED_FROM
+            && (throughput.is_none() || time_to_send(self.lacking(), throughput) > WORTH_SAMPLING)
     }
 
     /// The first pages that nobody has written to since the beginning, as far as there are any: which of the others are hot
@@ -247,6 +260,9 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// Pages a second of a link over which everything is worth sampling: 1 MB/s.
+    const SLOW: Option<f64> = Some(256.0);
+
     const SPACE: SpaceId = SpaceId(1);
 
     fn range(start: u64, pages: u64) -> PageRange {
@@ -261,10 +277,10 @@ mod tests {
     #[test]
     fn a_page_dirty_in_two_scans_waits_while_there_is_more_cold_memory() {
         let mut ledger = Ledger::new(pages(&[(0, 1000)]));
-        assert_eq!(count(&ledger.next_round().pages), 1000);
+        assert_eq!(count(&ledger.next_round(SLOW).pages), 1000);
         ledger.scanned(pages(&[(0, 10), (100, 50)]));
         assert_eq!(
-            count(&ledger.next_round().pages),
+            count(&ledger.next_round(SLOW).pages),
             60,
             "nothing is hot after one scan"
         );
@@ -276,31 +292,31 @@ mod tests {
             held: 10,
         };
         assert_eq!(found, expected);
-        assert_eq!(ledger.next_round().pages, pages(&[(200, 50)]));
+        assert_eq!(ledger.next_round(SLOW).pages, pages(&[(200, 50)]));
         assert_eq!(ledger.lacking(), 10, "what is held back is still lacking");
     }
 
     #[test]
     fn a_page_that_cools_down_goes_with_the_next_round() {
         let mut ledger = Ledger::new(pages(&[(0, 1000)]));
-        ledger.next_round();
+        ledger.next_round(SLOW);
         ledger.scanned(pages(&[(0, 10), (100, 50)]));
-        ledger.next_round();
+        ledger.next_round(SLOW);
         ledger.scanned(pages(&[(0, 10), (200, 50)]));
-        assert_eq!(ledger.next_round().pages, pages(&[(200, 50)]));
+        assert_eq!(ledger.next_round(SLOW).pages, pages(&[(200, 50)]));
         ledger.scanned(pages(&[(300, 5)]));
-        assert_eq!(ledger.next_round().pages, pages(&[(0, 10), (300, 5)]));
+        assert_eq!(ledger.next_round(SLOW).pages, pages(&[(0, 10), (300, 5)]));
     }
 
     #[test]
     fn a_hot_set_goes_once_there_is_little_else() {
         let mut ledger = Ledger::new(pages(&[(0, 1000)]));
-        ledger.next_round();
+        ledger.next_round(SLOW);
         ledger.scanned(pages(&[(0, 100), (500, 90)]));
-        ledger.next_round();
+        ledger.next_round(SLOW);
         let found = ledger.scanned(pages(&[(0, 100), (600, 90)]));
         assert_eq!(found.held, 0);
-        assert_eq!(ledger.next_round().pages, pages(&[(0, 100), (600, 90)]));
+        assert_eq!(ledger.next_round(SLOW).pages, pages(&[(0, 100), (600, 90)]));
     }
 
     #[test]
@@ -316,22 +332,42 @@ mod tests {
             vec![(8500, 8000)],
         ];
         for part in parts {
-            let sample = ledger.next_round();
+            let sample = ledger.next_round(SLOW);
             assert!(sample.sample);
             assert_eq!(sample.pages, pages(&part));
             assert_eq!(ledger.scanned(pages(&hot)).dirty, 1000);
         }
-        let rest = ledger.next_round();
+        let rest = ledger.next_round(SLOW);
         assert!(!rest.sample);
         assert_eq!(rest.pages, pages(&[(16_500, 15_500)]), "hot pages wait");
         assert_eq!(ledger.into_lacking(), pages(&hot));
     }
 
     #[test]
+    fn samples_end_when_the_rest_takes_no_time_worth_saving() {
+        // 32 MiB: 2.6 s at 100 Mbit/s, 26 ms at 10 Gbit/s.
+        let everything = pages(&[(0, 8192)]);
+        for (throughput, samples) in [(3000.0, 5), (30_000.0, 3), (300_000.0, 1)] {
+            let mut ledger = Ledger::new(everything.clone());
+            let mut taken = 0;
+            let mut known = None;
+            while ledger.next_round(known).sample {
+                ledger.scanned(pages(&[]));
+                known = Some(throughput);
+                taken += 1;
+            }
+            assert_eq!(taken, samples, "at {throughput} pages a second");
+            assert_eq!(ledger.lacking(), 0);
+        }
+        let mut tiny = Ledger::new(pages(&[(0, SAMPLED_FROM - 1)]));
+        assert!(!tiny.next_round(None).sample);
+    }
+
+    #[test]
     fn a_sample_has_the_same_pages_of_forked_processes() {
         let space = |id, start| (SpaceId(id), [range(start, 16_384)].into_iter().collect());
         let mut ledger = Ledger::new(Pages::from([space(1, 0), space(2, 0), space(3, 1 << 30)]));
-        let sample = ledger.next_round().pages;
+        let sample = ledger.next_round(SLOW).pages;
         assert_eq!(count(&sample), 3 * 16_384 / 32);
         assert_eq!(sample[&SpaceId(1)], [range(0, 1024)].into_iter().collect());
         assert_eq!(sample[&SpaceId(2)], [range(0, 512)].into_iter().collect());
@@ -343,7 +379,7 @@ mod tests {
         let all = [(0, 32_000)];
         let mut ledger = Ledger::new(pages(&all));
         for part in SAMPLE_PARTS {
-            assert_eq!(count(&ledger.next_round().pages), 32_000 / part);
+            assert_eq!(count(&ledger.next_round(SLOW).pages), 32_000 / part);
             assert_eq!(ledger.scanned(pages(&all)).lacking, 32_000);
         }
     }
@@ -351,7 +387,7 @@ mod tests {
     #[test]
     fn a_space_that_is_gone_is_owed_no_more() {
         let mut ledger = Ledger::new(pages(&[(0, 32_000)]));
-        ledger.next_round();
+        ledger.next_round(SLOW);
         let other = Pages::from([(SpaceId(2), [range(0, 7)].into_iter().collect())]);
         assert_eq!(ledger.scanned(other).lacking, 7);
     }
@@ -367,7 +403,7 @@ mod tests {
             let mut stale: PageSet = everything[&SPACE].clone();
             let mut ledger = Ledger::new(everything);
             for dirty in scans {
-                let sent = ledger.next_round().pages;
+                let sent = ledger.next_round(SLOW).pages;
                 if let Some(sent) = sent.get(&SPACE) {
                     stale.subtract(sent);
                 }

@@ -17,7 +17,7 @@ use super::tracker::{Motion, SpaceScan, TrackError, TrackerKind};
 use crate::fault;
 use crate::memory::{PAGE_SIZE, PageSet, SpaceId};
 use crate::migration::convergence::{
-    FreezeReason, IDLE_PAGES, Limits, RoundMeasured, fixed_downtime, whole,
+    FreezeReason, IDLE_PAGES, Limits, RoundMeasured, fixed_downtime, throughput, whole,
 };
 use crate::migration::decision::{Course, Seen, decide, expect_post_copy};
 use crate::migration::event::Event;
@@ -104,16 +104,16 @@ impl<S: FrameSink> Handover<'_, S> {
                 .unwrap_or(u32::MAX)
                 .saturating_add(1);
             let pages_before = ledger.lacking();
-            let ledger::Round { pages, sample } = ledger.next_round();
+            let ledger::Round { pages, sample } =
+                ledger.next_round(throughput(&measured[since_slowed..]));
             let to_send = self.to_send(pages);
             let start = Instant::now();
-            let sent = self.send_round(round, &to_send, |handover| {
+            let (sent, sending) = self.send_round(round, &to_send, |handover| {
                 if !std::mem::replace(&mut prepared, true) {
                     prepare(handover).map_err(RoundsError::Prepare)?;
                 }
                 Ok(())
             })?;
-            let sending = start.elapsed();
             let found = ledger.scanned(self.scan()?);
             let now = Instant::now();
             measured.push(RoundMeasured {
@@ -256,13 +256,14 @@ impl<S: FrameSink> Handover<'_, S> {
         });
     }
 
-    /// Sends a round and waits until all of it is at the target; `beside` runs while pages are sent.
+    /// Sends a round and waits until all of it is at the target; `beside` runs while pages are sent. Also says how long the
+    /// pages took, which may be less than `beside` did.
     fn send_round(
         &mut self,
         round: u32,
         to_send: &[PagesToSend],
         beside: impl FnOnce(&mut Self) -> Result<(), RoundsError>,
-    ) -> Result<crate::migration::report::Sent, RoundsError> {
+    ) -> Result<(crate::migration::report::Sent, Duration), RoundsError> {
         let pages = to_send.iter().map(|part| part.pages.pages()).sum();
         (self.emit)(Event::RoundStarted { round, pages });
         let progress = Progress::default();
@@ -271,8 +272,11 @@ impl<S: FrameSink> Handover<'_, S> {
             .sender
             .take()
             .ok_or_else(|| RoundsError::Prepare("the page streams are gone".into()))?;
-        let (sent, interrupted) = thread::scope(|scope| {
-            let sending = scope.spawn(|| sender.send(to_send, &progress));
+        let ((sent, took), interrupted) = thread::scope(|scope| {
+            let sending = scope.spawn(|| {
+                let start = Instant::now();
+                (sender.send(to_send, &progress), start.elapsed())
+            });
             let mut interrupted = beside(self).err();
             let mut told = Instant::now();
             while !sending.is_finished() && interrupted.is_none() {
@@ -311,10 +315,11 @@ impl<S: FrameSink> Handover<'_, S> {
         if let Some(link) = &mut self.link {
             link.say(round_end)?;
         }
+        let said = Instant::now();
         while self.rounds_received() < round {
             self.check(Duration::from_millis(2))?;
         }
-        Ok(sent)
+        Ok((sent, took + said.elapsed()))
     }
 
     /// Whether everything that must be done before a freeze is.

@@ -8,10 +8,10 @@
 //!
 //! A page's copies all come on one stream and are placed by one thread, in order: the newest wins.
 
-use super::page_store::{PageRun, PageStore, PageStoreError, RunContent};
+use super::page_store::{PageRun, PageStore, PageStoreError};
 use crate::transport::{Connection, PageInbox, TransportError};
 use crate::wire::message::ImageFile;
-use crate::wire::page_frame::{RunKind, Scratch};
+use crate::wire::page_frame::Scratch;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -206,15 +206,7 @@ fn place(mut inbox: PageInbox, store: &PageStore, shared: &Shared) -> Result<(),
     while let Some(frame) = inbox.receive()? {
         let payload = frame.raw(&mut scratch)?;
         runs.clear();
-        runs.extend(frame.runs().iter().map(|run| PageRun {
-            pages: run.range,
-            content: match run.kind {
-                RunKind::Data => RunContent::Data,
-                RunKind::Zero => RunContent::Zero,
-                RunKind::Owed => RunContent::Owed,
-                RunKind::Same(origin) => RunContent::Same(origin),
-            },
-        }));
+        runs.extend(frame.runs().iter().map(PageRun::from));
         store.place(frame.space(), &runs, payload)?;
         shared.lock().frames[index] = inbox.frames();
         shared.changed.notify_all();

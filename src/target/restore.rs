@@ -45,6 +45,10 @@ pub enum RestoreError {
     NotWaiting(String),
 }
 
+/// CRIU waits for its inventory, at the other end of this pipe.
+#[derive(Debug)]
+pub struct Ready(File);
+
 /// A restore under way. Dropping it kills it and what it restored, unless it was finished.
 #[derive(Debug)]
 pub struct Restore {
@@ -52,13 +56,6 @@ pub struct Restore {
     inventory: PathBuf,
     work: PathBuf,
     finished: bool,
-}
-
-/// A CRIU that waits for its inventory. Dropping it gives CRIU an empty one, with which it gives up.
-#[derive(Debug)]
-pub struct Gate {
-    fifo: File,
-    inventory: PathBuf,
 }
 
 impl Restore {
@@ -98,17 +95,17 @@ impl Restore {
         })
     }
 
-    /// Waits until CRIU waits for its inventory. By then the runtime has made the container's cgroups.
-    pub fn gate(&mut self) -> Result<Gate, RestoreError> {
+    /// Waits until CRIU waits for its inventory. It is in the container's cgroups then.
+    pub fn wait_ready(&mut self) -> Result<Ready, RestoreError> {
         let deadline = Instant::now() + Duration::from_secs(20);
-        let fifo = loop {
+        loop {
             // Without a reader a non-blocking open for writing says ENXIO.
             let opened = OpenOptions::new()
                 .write(true)
                 .custom_flags(OFlag::O_NONBLOCK.bits())
                 .open(&self.inventory);
             match opened {
-                Ok(fifo) => break fifo,
+                Ok(fifo) => return Ok(Ready(fifo)),
                 Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {}
                 Err(source) => {
                     return Err(RestoreError::Prepare {
@@ -122,11 +119,18 @@ impl Restore {
                 return Err(RestoreError::NotWaiting(self.last_words()));
             }
             thread::sleep(Duration::from_micros(200));
-        };
-        Ok(Gate {
-            fifo,
-            inventory: self.inventory.clone(),
-        })
+        }
+    }
+
+    /// Gives CRIU its inventory: from here on it restores.
+    pub fn let_go(&mut self, ready: Ready, inventory: &[u8]) -> Result<(), RestoreError> {
+        let Ready(mut fifo) = ready;
+        // An inventory is far smaller than a pipe's buffer, so the write does not block.
+        fifo.write_all(inventory)
+            .map_err(|source| RestoreError::Prepare {
+                path: self.inventory.clone(),
+                source,
+            })
     }
 
     /// Whether the runtime has ended, and if so whether the container runs.
@@ -156,19 +160,6 @@ impl Restore {
             Some(line) => line.trim().to_string(),
             None => Runc::last_words(&self.work),
         }
-    }
-}
-
-impl Gate {
-    /// Gives CRIU its inventory: from here on it restores.
-    pub fn let_go(mut self, inventory: &[u8]) -> Result<(), RestoreError> {
-        // An inventory is far smaller than a pipe's buffer, so the write does not block.
-        self.fifo
-            .write_all(inventory)
-            .map_err(|source| RestoreError::Prepare {
-                path: self.inventory,
-                source,
-            })
     }
 }
 

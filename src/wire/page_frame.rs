@@ -16,8 +16,8 @@
 //! run says that its pages exist and that their content comes later: an older copy is worth nothing. It has no bytes
 //! either, and its pages do not count among the 256: what a container owes at the freeze is said in few frames.
 //! A same run says that its pages hold what the pages of the same numbers in the *origin* hold, another space, by what came
-//! earlier on the same stream: pages that forked processes share cross once. It has no bytes either. A frame has one
-//! origin, 0 if it has no same run.
+//! earlier on the same stream: pages that forked processes share cross once. In post-copy it is the frame with data that
+//! came last. It has no bytes either. A frame has one origin, 0 if it has no same run.
 //! Runs are in order of address and share no page. The raw length is the number of data pages times 4096. The payload
 //! is never longer than that: what does not shrink is sent as it is. The hash covers the runs as sent and the raw
 //! payload, seeded with space and origin, so that bytes cannot end up at another place than they were read from.
@@ -436,6 +436,38 @@ impl Frame {
         }
         Ok(raw)
     }
+
+    /// [`Frame::raw`] to be kept longer than the frame; copied only if it was compressed.
+    pub fn raw_to_keep(&self, scratch: &mut Scratch) -> Result<Bytes, FrameError> {
+        let raw = self.raw(scratch)?;
+        Ok(match self.header.codec {
+            Codec::None => self.rest.slice_ref(raw),
+            Codec::Lz4 | Codec::Zstd => Bytes::copy_from_slice(raw),
+        })
+    }
+}
+
+/// The bytes of `pages` in `raw`, which holds the data pages of `runs`; `None` if not all of them are data pages.
+pub fn content_of<'a>(runs: &[Run], raw: &'a [u8], pages: PageRange) -> Option<&'a [u8]> {
+    let mut offset = 0;
+    let mut first = None;
+    // Data pages that follow each other in memory do so in `raw`, also those of two runs.
+    let mut next = pages.start();
+    for run in runs.iter().filter(|run| run.kind == RunKind::Data) {
+        if let Some(part) = run.range.intersection(pages) {
+            if part.start() != next {
+                return None;
+            }
+            let skipped = (part.start().0 - run.range.start().0) * PAGE_SIZE;
+            first.get_or_insert(offset + skipped as usize);
+            next = part.end();
+        }
+        offset += run.raw_len();
+    }
+    if next != pages.end() {
+        return None;
+    }
+    raw.get(first?..)?.get(..pages.bytes() as usize)
 }
 
 fn decode_run(raw: &RawRun, origin: SpaceId) -> Result<Run, FrameError> {

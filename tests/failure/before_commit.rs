@@ -5,6 +5,7 @@ use crate::stage::{HASTE, LIMIT, Stage, find, signal, wait_stopped};
 use anyhow::Result;
 use nix::sys::signal::Signal;
 use rig::{Host, Running, Workload};
+use std::fs;
 
 /// What is done while the source is stopped.
 type Harm = fn(&Stage, &mut Running, &mut Running) -> Result<()>;
@@ -186,6 +187,27 @@ fn a_restore_killed_while_it_waits_leaves_no_copy() -> Result<()> {
     target_rolls_back("StartRestore", |_, _, agent| {
         signal(find(agent, &["runc", "restore"])?, Signal::SIGKILL)
     })
+}
+
+/// The container's cgroups are made by its runtime: a copy that is owed pages must not be given up for want of them before
+/// the runtime came to that.
+#[test]
+fn a_runtime_that_is_slow_to_restore_is_waited_for() -> Result<()> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let stage = Stage::new(&a, &b)?;
+    let runc = b.run("which", ["runc"])?;
+    let script = format!(
+        "#!/bin/sh\ncase \" $* \" in *' restore '*) sleep 2;; esac\nexec {} \"$@\"\n",
+        runc.trim()
+    );
+    fs::create_dir_all(b.path("/srv/slow"))?;
+    fs::write(b.path("/srv/slow/runc"), script)?;
+    b.run("chmod", ["755", "/srv/slow/runc"])?;
+    let path = b.run("printenv", ["PATH"])?;
+    let _agent = stage.agent(&[&format!("PATH=/srv/slow:{}", path.trim())])?;
+    let mut moving = stage.start_move_with(&["--mode", "post-copy"], &[])?;
+    stage.expect_exit(&mut moving, 0)?;
+    stage.expect_moved()
 }
 
 #[test]

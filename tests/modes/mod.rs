@@ -80,6 +80,20 @@ fn redis_under_load_moves_in_post_copy() -> Result<()> {
     Ok(())
 }
 
+/// Seven processes are owed 64 MiB each. What they fault on before the push is there crosses for each.
+#[test]
+fn what_the_processes_of_a_prefork_server_share_is_pushed_once() -> Result<()> {
+    let workload = Workload::new("prefork", ["--table-mib=64", "--workers=6"]);
+    let report = move_once(&workload, &["--mode", "post-copy"], None)?;
+    let wire = report["post_copy"]["bytes_wire"].as_u64();
+    let wire_mib = wire.context("not in the report")? >> 20;
+    let owed_mib = owed_pages(&report) >> 8;
+    println!("{owed_mib} MiB were owed, {wire_mib} MiB crossed");
+    ensure!(owed_mib >= 7 * 64, "{report:#}");
+    ensure!(wire_mib < owed_mib / 2, "{report:#}");
+    Ok(())
+}
+
 #[test]
 fn hybrid_owes_only_what_the_rounds_left() -> Result<()> {
     // Far more is dirtied than the link carries.

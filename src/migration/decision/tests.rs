@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::memory::{PageNumber, PageRange, PageSet, SpaceId};
+use crate::migration::convergence::throughput;
 use crate::migration::ledger::{Ledger, Pages};
 
 /// Pages of the container: 128 MiB.
@@ -147,7 +148,7 @@ fn migrate(mode: Mode, pattern: Pattern, limits: &Limits) -> Cost {
         }
         assert!(rounds.len() < 100, "{} never ends", pattern.name);
         let pages_before = ledger.lacking();
-        let round = ledger.next_round();
+        let round = ledger.next_round(throughput(&rounds));
         let pages_sent = crate::migration::ledger::count(&round.pages);
         let sending = seconds(pages_sent as f64 / LINK) + ROUND_TRIP;
         container.run(sending + SCAN);

@@ -1,7 +1,8 @@
 //! One fault stream: hears what the target wants and has, and answers.
 
 use super::books::Breach;
-use super::{ServeError, Shared, frame};
+use super::frame::Content;
+use super::{ServeError, Shared};
 use crate::transport::{Connection, PageSender, RequestReceiver};
 use crate::wire::codec::{Codec, Compression};
 use crate::wire::page_frame::FrameEncoder;
@@ -34,12 +35,12 @@ pub(super) async fn answer(
                 shared.count_left(&state);
                 (batch, state.credit.rate())
             };
-            let (frame, _) =
-                frame::of_batch(&batch, &mut encoder, codec(shared.compression, rate))?;
-            let sent = batch.ranges.iter().map(|range| range.pages()).sum();
+            let codec = codec(shared.compression, rate);
+            let frame = Content::read(&batch)?.encode(&mut encoder, codec)?;
             let bytes = frame.wire_len() as u64;
             pages.send(frame).await?;
-            shared.progress.answered(sent, bytes, start.elapsed());
+            let progress = &shared.progress;
+            progress.answered(batch.pages(), bytes, start.elapsed());
             continue;
         }
         if pages.index() != FIRST_STREAM {

@@ -8,6 +8,7 @@ use crate::kernel::process_memory::{ProcessMemory, ReadError};
 use crate::memory::{PageNumber, PageRange, PageSet, SpaceId};
 use crate::source::send::PagesToSend;
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::sync::Arc;
 use thiserror::Error;
 
@@ -55,6 +56,12 @@ pub(super) struct Batch {
     pub space: SpaceId,
     pub memory: Arc<ProcessMemory>,
     pub ranges: Vec<PageRange>,
+}
+
+impl Batch {
+    pub fn pages(&self) -> u64 {
+        self.ranges.iter().map(|range| range.pages()).sum()
+    }
 }
 
 /// The owed pages of every space.
@@ -240,6 +247,38 @@ impl Books {
         })
     }
 
+    /// The next space behind `after` that has pages left among those of `batch`, which was pushed of another: it may share
+    /// them. They stay left until [`Books::take`].
+    pub fn sharer(&self, batch: &Batch, after: Option<SpaceId>) -> Option<Batch> {
+        let behind = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let (first, last) = (batch.ranges.first()?, batch.ranges.last()?);
+        let others = self.spaces.range((behind, Bound::Unbounded));
+        let mut others = others.filter(|&(&space, owed)| {
+            // Most have none anywhere near, and faults wait while the books are held.
+            let near = owed.left.starting_at(first.start()).next();
+            space != batch.space && near.is_some_and(|run| run.start() < last.end())
+        });
+        others.find_map(|(&space, owed)| {
+            let ranges = owed.left_among(&batch.ranges);
+            let memory = Arc::clone(&owed.memory);
+            (!ranges.is_empty()).then_some(Batch {
+                space,
+                memory,
+                ranges,
+            })
+        })
+    }
+
+    /// Those of `ranges` that are left in `space`: they are sent now.
+    pub fn take(&mut self, space: SpaceId, ranges: &[PageRange]) -> Vec<PageRange> {
+        let Some(owed) = self.spaces.get_mut(&space) else {
+            return Vec::new();
+        };
+        let left = owed.left_among(ranges);
+        owed.sending(&left);
+        left
+    }
+
     /// The target says that every page has arrived: then every page was sent.
     pub fn complete(&self) -> Result<(), Breach> {
         if self.listing.is_some() {
@@ -259,6 +298,11 @@ impl Books {
 const START: (SpaceId, PageNumber) = (SpaceId(0), PageNumber(0));
 
 impl Owed {
+    fn left_among(&self, ranges: &[PageRange]) -> Vec<PageRange> {
+        let left = ranges.iter().map(|&range| self.left.intersecting(range));
+        left.flatten().collect()
+    }
+
     fn sending(&mut self, ranges: &[PageRange]) {
         for &range in ranges {
             self.left.remove(range);
@@ -364,6 +408,73 @@ mod tests {
         assert_eq!(answer.ranges, [range(120, ANSWER_PAGES)]);
         let next = books.push(4).expect("some");
         assert_eq!(next.ranges, [range(136, 4)]);
+    }
+
+    /// Spaces 1 to 4: 100..120, the same, 130..140, 110..112 and 118..125.
+    fn neighbours() -> Books {
+        let pages = [
+            (1, vec![range(100, 20)]),
+            (2, vec![range(100, 20)]),
+            (3, vec![range(130, 10)]),
+            (4, vec![range(110, 2), range(118, 7)]),
+        ];
+        let pages = pages.map(|(space, pages)| PagesToSend {
+            space: SpaceId(space),
+            pid: std::process::id().cast_signed(),
+            pages: pages.into_iter().collect(),
+        });
+        let mut books = Books::new(pages.to_vec()).expect("this process is there");
+        for PagesToSend { space, pages, .. } in pages {
+            for pages in pages.iter() {
+                books.missing(space, pages).expect("listed");
+            }
+        }
+        books.end_list().expect("the end");
+        books
+    }
+
+    #[test]
+    fn who_has_the_pushed_pages_left_is_named_in_turn_and_nobody_else() {
+        let mut books = neighbours();
+        let pushed = books.push(64).expect("some");
+        assert_eq!(
+            (pushed.space, &pushed.ranges[..]),
+            (ONE, &[range(100, 20)][..])
+        );
+        let second = books.sharer(&pushed, None).expect("space 2");
+        assert_eq!(
+            (second.space, &second.ranges[..]),
+            (TWO, &[range(100, 20)][..])
+        );
+        let fourth = books.sharer(&pushed, Some(TWO)).expect("space 4");
+        assert_eq!(fourth.space, SpaceId(4));
+        assert_eq!(fourth.ranges, [range(110, 2), range(118, 2)]);
+        assert!(books.sharer(&pushed, Some(fourth.space)).is_none());
+    }
+
+    #[test]
+    fn what_is_named_is_sent_and_what_was_sent_meanwhile_is_not_named() {
+        let mut books = neighbours();
+        let pushed = books.push(64).expect("some");
+        let left = books.left();
+        let second = books.sharer(&pushed, None).expect("space 2");
+        assert_eq!(books.left(), left, "nothing is sent yet");
+        books.answer(TWO, range(104, 2)).expect("owed");
+        let same = [range(102, 4), range(110, 5)];
+        let taken = books.take(second.space, &same);
+        assert_eq!(taken, [range(102, 2), range(110, 5)]);
+        assert!(books.take(second.space, &same).is_empty());
+        assert_eq!(books.left(), left - 2 - 7);
+        // What only looked as if it were shared is still to come.
+        let mut pushed = Vec::new();
+        while let Some(batch) = books.push(64) {
+            pushed.push((batch.space.0, batch.ranges));
+        }
+        let second = vec![range(106, 4), range(115, 5)];
+        let before = vec![range(100, 2)];
+        assert_eq!(pushed[0], (2, second));
+        assert_eq!(pushed.last(), Some(&(2, before)));
+        books.complete().expect("all was sent");
     }
 
     #[test]

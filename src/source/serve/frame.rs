@@ -1,39 +1,85 @@
-//! A batch of a frozen process's pages as one frame.
+//! What a batch of a frozen process's pages holds, to be sent as one frame.
 
 use super::ServeError;
 use super::books::Batch;
-use crate::memory::{PAGE_SIZE, PageNumber, PageRange};
+use crate::kernel::process_memory::ReadError;
+use crate::memory::{PAGE_SIZE, PageNumber, PageRange, SpaceId};
 use crate::source::send::is_zero;
 use crate::wire::codec::Codec;
-use crate::wire::page_frame::{EncodedFrame, FrameEncoder, Run, RunKind};
+use crate::wire::page_frame::{EncodedFrame, FrameEncoder, FrameError, Run, RunKind};
 use bytes::Bytes;
+use std::sync::Arc;
 
-/// Reads a batch and encodes it; pages of zeros are only named. Gives the bytes of the others, too.
-///
-/// # Errors
-/// If a page is not there: the process is frozen, so it was never a page, or somebody let the process go.
-pub(super) fn of_batch(
-    batch: &Batch,
-    encoder: &mut FrameEncoder,
-    codec: Codec,
-) -> Result<(EncodedFrame, usize), ServeError> {
-    let pages: u64 = batch.ranges.iter().map(|range| range.pages()).sum();
-    let mut bytes = vec![0; bytes_of(pages)];
-    let gone = batch.memory.read_runs(&batch.ranges, &mut bytes);
-    let gone = gone.map_err(|source| ServeError::Read {
-        pid: batch.memory.pid(),
-        source,
-    })?;
-    if let Some(&pages) = gone.first() {
-        return Err(ServeError::Gone {
+/// What the pages of a batch hold.
+pub(super) struct Content {
+    pub space: SpaceId,
+    pub runs: Vec<Run>,
+    /// Of the data pages, one after another.
+    pub bytes: Bytes,
+}
+
+impl Content {
+    /// Reads a batch.
+    ///
+    /// # Errors
+    /// If a page is not there: the process is frozen, so it was never a page, or somebody let the process go.
+    pub fn read(batch: &Batch) -> Result<Content, ServeError> {
+        let mut bytes = batch.read()?;
+        let (runs, data) = sort(&batch.ranges, &mut bytes);
+        bytes.truncate(data);
+        Ok(Content {
             space: batch.space,
-            pages,
-        });
+            runs,
+            bytes: Bytes::from(bytes),
+        })
     }
-    let (runs, data) = sort(&batch.ranges, &mut bytes);
-    bytes.truncate(data);
-    let frame = encoder.encode(batch.space, &runs, Bytes::from(bytes), codec)?;
-    Ok((frame, data))
+
+    /// As a frame; pages of zeros are only named.
+    pub fn encode(
+        &self,
+        encoder: &mut FrameEncoder,
+        codec: Codec,
+    ) -> Result<EncodedFrame, FrameError> {
+        encoder.encode(self.space, &self.runs, self.bytes.clone(), codec)
+    }
+}
+
+impl Batch {
+    /// The bytes of all its pages, which are there.
+    pub fn read(&self) -> Result<Vec<u8>, ServeError> {
+        let mut bytes = vec![0; bytes_of(self.pages())];
+        let gone = self.memory.read_runs(&self.ranges, &mut bytes);
+        match gone.map_err(|source| self.failed(source))?.first() {
+            None => Ok(bytes),
+            Some(&pages) => Err(ServeError::Gone {
+                space: self.space,
+                pages,
+            }),
+        }
+    }
+
+    /// Those of its pages that hold data.
+    pub fn data_of(&self, content: &Content) -> Batch {
+        let data = content.runs.iter().filter(|run| run.kind == RunKind::Data);
+        Batch {
+            space: self.space,
+            memory: Arc::clone(&self.memory),
+            ranges: data.map(|run| run.range).collect(),
+        }
+    }
+
+    /// For each page the frame that it shares with another process.
+    pub fn shared_frames(&self) -> Result<Vec<Option<u64>>, ServeError> {
+        let frames = self.memory.shared_frames(&self.ranges);
+        frames.map_err(|source| self.failed(source))
+    }
+
+    fn failed(&self, source: ReadError) -> ServeError {
+        ServeError::Read {
+            pid: self.memory.pid(),
+            source,
+        }
+    }
 }
 
 /// Sorts pages into data and zero. Afterwards `bytes` begins with the data pages, in order; they take as many bytes as
@@ -68,7 +114,7 @@ fn joined(start: PageNumber, end: PageNumber) -> PageRange {
     PageRange::new(start, end).expect("a longer run is a run")
 }
 
-fn bytes_of(pages: u64) -> usize {
+pub(super) fn bytes_of(pages: u64) -> usize {
     usize::try_from(pages * PAGE_SIZE).expect("a frame fits in memory")
 }
 

@@ -7,6 +7,7 @@
 //! ```text
 //!   target ── Want ─────▶ answer, a task per fault stream ──▶ frozen memory ──▶ frame on the same stream
 //!          ── Received ─▶ credit ──▶ push, a thread ────────▶ frozen memory ──▶ frame on the push stream
+//!                                                         └─▶ who shares that ──▶ frames that name it, behind it
 //!          ── Missing… ─▶ books: what is left
 //!          ── Complete ─▶ the end
 //! ```
@@ -23,6 +24,7 @@ pub mod credit;
 mod frame;
 mod progress;
 mod push;
+mod sharing;
 
 pub use self::books::Breach;
 pub use self::credit::CreditError;

@@ -12,6 +12,7 @@ pub struct ServeProgress {
     pub(super) left: AtomicU64,
     pub(super) pushed_pages: AtomicU64,
     pub(super) pushed_bytes: AtomicU64,
+    pub(super) same_pages: AtomicU64,
     pub(super) answered_pages: AtomicU64,
     pub(super) answered_bytes: AtomicU64,
     latency: [AtomicU64; BUCKETS],
@@ -26,6 +27,8 @@ pub struct Served {
     pub pushed_pages: u64,
     /// Bytes of frames that took.
     pub pushed_bytes: u64,
+    /// Of the pages pushed, those that were only named: another process shares them, of which they had just been sent.
+    pub same_pages: u64,
     /// Faults answered.
     pub faults: u64,
     /// Pages sent as answers.
@@ -53,6 +56,7 @@ impl ServeProgress {
             pages_left: of(&self.left),
             pushed_pages: of(&self.pushed_pages),
             pushed_bytes: of(&self.pushed_bytes),
+            same_pages: of(&self.same_pages),
             faults: latency.iter().sum(),
             answered_pages: of(&self.answered_pages),
             answered_bytes: of(&self.answered_bytes),
@@ -69,6 +73,11 @@ impl ServeProgress {
     pub(super) fn pushed(&self, pages: u64, bytes: u64) {
         self.pushed_pages.fetch_add(pages, Ordering::Relaxed);
         self.pushed_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn pushed_same(&self, pages: u64, bytes: u64) {
+        self.same_pages.fetch_add(pages, Ordering::Relaxed);
+        self.pushed(pages, bytes);
     }
 }
 
@@ -107,5 +116,15 @@ mod tests {
             (served.faults, served.answered_pages, served.latency[2]),
             (1, 4, 1)
         );
+    }
+
+    #[test]
+    fn a_page_that_is_only_named_counts_as_pushed() {
+        let progress = ServeProgress::default();
+        progress.pushed(16, 65_600);
+        progress.pushed_same(12, 72);
+        let served = progress.now();
+        assert_eq!((served.pushed_pages, served.pushed_bytes), (28, 65_672));
+        assert_eq!(served.same_pages, 12);
     }
 }

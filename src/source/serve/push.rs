@@ -1,13 +1,20 @@
 //! The push: everything that nobody asked for yet, as fast as it does not get in a fault's way.
+//!
+//! Behind each frame of a process's pages go those of the other processes that share any of them, which only name them.
 
 use super::books::Batch;
-use super::{ServeError, Shared, frame};
+use super::frame::Content;
+use super::sharing::Pushed;
+use super::{ServeError, Shared};
+use crate::memory::SpaceId;
 use crate::transport::PageSender;
-use crate::wire::codec::CodecChooser;
-use crate::wire::page_frame::FrameEncoder;
+use crate::wire::codec::{Codec, CodecChooser};
+use crate::wire::page_frame::{EncodedFrame, FrameEncoder, Run, RunKind};
+use bytes::Bytes;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 
 /// Pushes until the end, on the calling thread.
 pub(super) fn push(
@@ -15,22 +22,92 @@ pub(super) fn push(
     shared: &Shared,
     runtime: &Handle,
 ) -> Result<(), ServeError> {
-    let mut over = shared.over.subscribe();
-    let mut encoder = FrameEncoder::new();
+    let mut push = Push {
+        pages,
+        shared,
+        runtime,
+        over: shared.over.subscribe(),
+        encoder: FrameEncoder::new(),
+    };
     let mut chooser = CodecChooser::new(shared.compression);
     loop {
-        let batch = match next(shared, &mut chooser) {
-            Next::Batch(batch) => batch,
+        match next(shared, &mut chooser) {
+            Next::Batch(batch) => push.batch(&batch, &mut chooser)?,
             Next::End(end) => return end,
-        };
+        }
+    }
+}
+
+struct Push<'a> {
+    pages: &'a mut PageSender,
+    shared: &'a Shared,
+    runtime: &'a Handle,
+    over: watch::Receiver<bool>,
+    encoder: FrameEncoder,
+}
+
+impl Push<'_> {
+    fn batch(&mut self, batch: &Batch, chooser: &mut CodecChooser) -> Result<(), ServeError> {
         let codec = chooser.choose();
         let start = Instant::now();
-        let (frame, raw) = frame::of_batch(&batch, &mut encoder, codec)?;
-        let count: u64 = batch.ranges.iter().map(|range| range.pages()).sum();
+        let content = Content::read(batch)?;
+        let frame = content.encode(&mut self.encoder, codec)?;
+        chooser.encoded(
+            codec,
+            content.bytes.len(),
+            frame.payload.len(),
+            start.elapsed(),
+        );
+        let bytes = self.send(frame)?;
+        self.shared.progress.pushed(batch.pages(), bytes);
+        self.name_sharers(batch, &content)
+    }
+
+    /// Names the pages just pushed to every other process that shares them.
+    fn name_sharers(&mut self, batch: &Batch, content: &Content) -> Result<(), ServeError> {
+        let pages = batch.data_of(content);
+        let (mut pushed, mut after) = (None, None);
+        while let Some(other) = sharer(self.shared, &pages, after) {
+            after = Some(other.space);
+            let pushed = match &pushed {
+                Some(pushed) => pushed,
+                None => pushed.insert(Pushed::of(&pages, content)?),
+            };
+            if !pushed.is_shared() {
+                break;
+            }
+            let same = pushed.shared_with(&other)?;
+            let same = {
+                let mut state = self.shared.lock();
+                let same = state.books.take(other.space, &same);
+                self.shared.count_left(&state);
+                same
+            };
+            if same.is_empty() {
+                continue;
+            }
+            let runs: Vec<Run> = same
+                .iter()
+                .map(|&range| Run {
+                    range,
+                    kind: RunKind::Same(content.space),
+                })
+                .collect();
+            let encoder = &mut self.encoder;
+            let frame = encoder.encode(other.space, &runs, Bytes::new(), Codec::None)?;
+            let bytes = self.send(frame)?;
+            let count = same.iter().map(|range| range.pages()).sum();
+            self.shared.progress.pushed_same(count, bytes);
+        }
+        Ok(())
+    }
+
+    /// Hands a frame to the stream, unless the end comes before there is room. Returns its bytes.
+    fn send(&mut self, frame: EncodedFrame) -> Result<u64, ServeError> {
         let bytes = frame.wire_len() as u64;
-        chooser.encoded(codec, raw, frame.payload.len(), start.elapsed());
-        shared.lock().credit.sending(bytes, Instant::now());
-        runtime.block_on(async {
+        self.shared.lock().credit.sending(bytes, Instant::now());
+        let (pages, over) = (&mut *self.pages, &mut self.over);
+        self.runtime.block_on(async {
             tokio::select! {
                 biased;
                 sent = pages.send(frame) => Ok(sent?),
@@ -38,7 +115,16 @@ pub(super) fn push(
                 _ = over.wait_for(|&over| over) => Ok::<(), ServeError>(()),
             }
         })?;
-        shared.progress.pushed(count, bytes);
+        Ok(bytes)
+    }
+}
+
+/// The next that may share these pages, unless the end has come: then half a frame may be on the stream.
+fn sharer(shared: &Shared, pages: &Batch, after: Option<SpaceId>) -> Option<Batch> {
+    let state = shared.lock();
+    match state.end {
+        None => state.books.sharer(pages, after),
+        Some(_) => None,
     }
 }
 

@@ -197,22 +197,24 @@ impl Arrival<'_> {
                 format!("{}: {error}", inventory_file.display()),
             )
         })?;
-        self.times.compose = start.elapsed();
-        self.times.restore_began = Some(Instant::now());
-        self.deadline = Some(Instant::now() + RESTORE_PATIENCE);
+        let restore_failed = |error: RestoreError| (PeerError::RestoreFailed, error.to_string());
         let Some(restore) = &mut self.restore else {
             return Err((PeerError::Unexpected, "a manifest without prestart".into()));
         };
-        let restore_failed = |error: RestoreError| (PeerError::RestoreFailed, error.to_string());
-        let gate = restore.gate().map_err(restore_failed)?;
+        let ready = restore.wait_ready().map_err(restore_failed)?;
         if !debts.is_empty() {
+            // Asked only now: a slow runtime makes them late.
             if !self.all_cgroups.iter().any(|path| path.is_dir()) {
                 let none = "the container has no cgroup of its own to be stopped by".to_string();
                 return Err((PeerError::FillFailed, none));
             }
             self.take_in_debts(debts)?;
         }
-        gate.let_go(&inventory).map_err(restore_failed)
+        self.times.compose = start.elapsed();
+        self.times.restore_began = Some(Instant::now());
+        self.deadline = Some(Instant::now() + RESTORE_PATIENCE);
+        let restore = self.restore.as_mut().expect("it waits for the inventory");
+        restore.let_go(ready, &inventory).map_err(restore_failed)
     }
 
     /// Every page the images name was received: composing proved it. Now the pager must hold all that is to be filled.

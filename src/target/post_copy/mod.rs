@@ -12,18 +12,23 @@
 //!                                      └──▶ Received on the first fault stream: the push's credit
 //! ```
 //!
+//! A page that forked processes share is pushed to one of them, and named to the others by the frames that follow: a placing
+//! thread keeps what came last in hand.
+//!
 //! After each connection is made the source is told what is missing, and the pager is told to ask again. What a source can
 //! make this host hold is bounded: a few frames a stream, a few streams, and pages that are owed; anything else is an error.
 
+mod in_hand;
 mod session;
 
+use self::in_hand::InHand;
 use self::session::Session;
 use super::arrivals::Arrivals;
-use super::page_store::{PageRun, PageStore, PageStoreError, RunContent};
+use super::page_store::{PageRun, PageStore, PageStoreError};
 use super::pager::{SupplyLine, SupplyMessage};
 use crate::memory::{PageRange, PageSet, SpaceId};
 use crate::transport::{Connection, TransportError};
-use crate::wire::page_frame::{Frame, FrameError, MAX_PAGES, RunKind, Scratch};
+use crate::wire::page_frame::{Frame, FrameError, MAX_PAGES, Scratch};
 use crate::wire::page_request::PageRequest;
 use crate::wire::peer_error::PeerError;
 use std::collections::{BTreeMap, HashMap};
@@ -53,6 +58,18 @@ pub enum PostCopyError {
     /// Pages of a space that owes nothing.
     #[error("pages came for {0:?}, which owes none")]
     UnknownSpace(SpaceId),
+    /// Pages were said to be another space's, and these are not what came last.
+    #[error(
+        "{pages} of {space:?} are said to be what came of {origin:?}, which is not the last data on that stream"
+    )]
+    NotInHand {
+        /// The space.
+        space: SpaceId,
+        /// Whose they were said to be.
+        origin: SpaceId,
+        /// Which.
+        pages: PageRange,
+    },
     /// More streams than a source has use for.
     #[error("the source opens more than {MAX_STREAMS} streams of a kind")]
     TooManyStreams,
@@ -103,6 +120,7 @@ impl PostCopyError {
             PostCopyError::Frame(_) => PeerError::Malformed,
             PostCopyError::Store(PageStoreError::NotOwed { .. })
             | PostCopyError::UnknownSpace(_)
+            | PostCopyError::NotInHand { .. }
             | PostCopyError::TooManyStreams
             | PostCopyError::EndedEarly(_) => PeerError::Unexpected,
             PostCopyError::Store(
@@ -303,26 +321,23 @@ impl Drop for PostCopying {
 }
 
 impl Books {
+    /// Places an answer.
+    fn place_answer(&self, frame: &Frame, scratch: &mut Scratch) -> Result<(), PostCopyError> {
+        let runs: Vec<PageRun> = frame.runs().iter().map(PageRun::from).collect();
+        self.place(frame.space(), &runs, frame.raw(scratch)?)
+    }
+
+    /// Places what was pushed behind what is in hand.
+    fn place_pushed(&self, frame: &Frame, in_hand: &mut InHand) -> Result<(), PostCopyError> {
+        let (runs, payload) = in_hand.take(frame)?;
+        self.place(frame.space(), &runs, &payload)
+    }
+
     /// Places what a frame brings, and says so to the pager.
-    fn place(&self, frame: &Frame, scratch: &mut Scratch) -> Result<(), PostCopyError> {
-        let space = frame.space();
+    fn place(&self, space: SpaceId, runs: &[PageRun], payload: &[u8]) -> Result<(), PostCopyError> {
         let vpid = self.vpids.get(&space);
         let &vpid = vpid.ok_or(PostCopyError::UnknownSpace(space))?;
-        let payload = frame.raw(scratch)?;
-        let runs: Vec<PageRun> = frame
-            .runs()
-            .iter()
-            .map(|run| PageRun {
-                pages: run.range,
-                content: match run.kind {
-                    RunKind::Data => RunContent::Data,
-                    RunKind::Zero => RunContent::Zero,
-                    RunKind::Owed => RunContent::Owed,
-                    RunKind::Same(origin) => RunContent::Same(origin),
-                },
-            })
-            .collect();
-        let came = self.store.place(space, &runs, payload)?;
+        let came = self.store.place(space, runs, payload)?;
         let arrived: u64 = came.iter().map(|pages| pages.pages()).sum();
         for pages in came {
             self.came(vpid, pages)?;

@@ -1,5 +1,6 @@
 //! One connection's time: its streams, its placing threads, and what is said on both sides meanwhile.
 
+use super::in_hand::InHand;
 use super::{Books, MAX_STREAMS, PostCopyError};
 use crate::kernel::readiness;
 use crate::target::pager::{Heard, SupplyMessage};
@@ -133,7 +134,7 @@ impl<'a> Session<'a> {
         self.readers.spawn(async move {
             let mut scratch = Scratch::new();
             while let Some(frame) = pages.receive().await? {
-                books.place(&frame, &mut scratch)?;
+                books.place_answer(&frame, &mut scratch)?;
                 // A source that answers more than it was asked for is only asked more.
                 let _ = answered.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| {
                     count.checked_sub(1)
@@ -253,9 +254,9 @@ fn place_pushed(
     books: &Books,
     received: &AtomicU64,
 ) -> Result<(), PostCopyError> {
-    let mut scratch = Scratch::new();
+    let mut in_hand = InHand::new();
     while let Some(frame) = inbox.receive()? {
-        books.place(&frame, &mut scratch)?;
+        books.place_pushed(&frame, &mut in_hand)?;
         received.fetch_add(frame.wire_len() as u64, Ordering::Release);
         books.news.notify_one();
     }

@@ -298,6 +298,48 @@ fn a_frame_names_the_one_space_that_its_same_pages_are_taken_from() {
 }
 
 #[test]
+fn content_is_found_where_all_pages_are_data_and_nowhere_else() {
+    let runs = [
+        run(16, 2, RunKind::Data),
+        run(18, 3, RunKind::Data),
+        run(21, 1, RunKind::Zero),
+        run(22, 1, RunKind::Data),
+        run(24, 2, RunKind::Data),
+    ];
+    let raw = noise(8);
+    let pages: Vec<&[u8]> = raw.chunks(PAGE_SIZE as usize).collect();
+    let data: Vec<(u64, &[u8])> = [16, 17, 18, 19, 20, 22, 24, 25]
+        .into_iter()
+        .zip(pages)
+        .collect();
+    for first in 14..27 {
+        for pages in 1..=27 - first {
+            let of = |page| {
+                data.iter()
+                    .find(|(at, _)| *at == page)
+                    .map(|(_, bytes)| *bytes)
+            };
+            let expected: Option<Vec<&[u8]>> = (first..first + pages).map(of).collect();
+            let range = PageRange::from_start_len(PageNumber(first), pages).expect("a range");
+            let found = content_of(&runs, &raw, range).map(<[u8]>::to_vec);
+            assert_eq!(found, expected.map(|pages| pages.concat()), "{range}");
+        }
+    }
+}
+
+#[test]
+fn content_can_be_kept_whatever_the_codec() {
+    for codec in [Codec::None, Codec::Lz4, Codec::Zstd] {
+        let frame = encode(&[run(16, 3, RunKind::Data)], text(3), codec).expect("encodes");
+        let frame = decode(&frame.to_bytes()).expect("decodes");
+        let mut scratch = Scratch::new();
+        let kept = frame.raw_to_keep(&mut scratch).expect("verifies");
+        drop((frame, scratch));
+        assert_eq!(kept, text(3), "{codec:?}");
+    }
+}
+
+#[test]
 fn runs_that_lie_are_refused() {
     let limit = PageNumber::LIMIT.0;
     for (first, pages) in [
