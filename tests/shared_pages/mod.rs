@@ -273,17 +273,18 @@ fn only_the_last_data_of_the_same_push_stream_is_taken_for_another_s() {
             let (mut answers, _requests) = from.open_faults(0).await.expect("opened");
             let mut push = from.open_pages(0).await.expect("opened");
             let mut other_push = from.open_pages(1).await.expect("opened");
+            let mut lying_on = None;
             for (stream, frame) in frames {
                 let stream = match stream {
                     Push => &mut push,
                     OtherPush => &mut other_push,
                     Faults => &mut answers,
                 };
-                // The lie may be found out before the last one.
-                if stream.send(frame).await.is_err() {
-                    break;
-                }
+                stream.send(frame).await.expect("sent");
+                lying_on = Some(stream);
             }
+            // Were the lie believed, this would end it.
+            let _ = lying_on.expect("some frame").finish();
             from.closed().await
         });
         let (kept, taken) = post_copy.attach(&wire.to).wait();
