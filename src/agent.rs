@@ -151,6 +151,7 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
             _ = int.recv() => {}
         }
         told.draining.store(true, Ordering::Relaxed);
+        tracing::info!("told to stop: what is under way is finished, nothing new is taken");
         Ok::<(), io::Error>(())
     });
 

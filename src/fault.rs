@@ -6,7 +6,7 @@
 //! ```text
 //!  MIGRATE_FAULT=source:SendCommit:kill      die, as from SIGKILL, before the source does this action of its table
 //!  MIGRATE_FAULT=target:ReleaseCopy:stop     stop, as from SIGSTOP, until somebody continues it; once
-//!  MIGRATE_FAULT_HASTE=10                    patience with a lost peer is a tenth
+//!  MIGRATE_FAULT_HASTE=10                    patience with a lost peer is a tenth, but 5 s at least
 //! ```
 
 use std::time::Duration;
@@ -42,12 +42,11 @@ pub fn before(_end: &str, _step: impl std::fmt::Debug) {}
 /// How long a lost peer is waited for: as given, or less if a test is in a hurry.
 #[cfg(feature = "fault-injection")]
 pub fn patience(usual: Duration) -> Duration {
+    /// A peer on a busy host may be silent for seconds and not be lost.
+    const LEAST: Duration = Duration::from_secs(5);
     let haste = std::env::var("MIGRATE_FAULT_HASTE").ok();
-    usual
-        / haste
-            .and_then(|haste| haste.parse().ok())
-            .unwrap_or(1)
-            .max(1)
+    let haste = haste.and_then(|haste| haste.parse().ok()).unwrap_or(1u32);
+    (usual / haste.max(1)).max(usual.min(LEAST))
 }
 
 /// How long a lost peer is waited for: as given.

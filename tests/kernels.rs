@@ -10,7 +10,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// When a guest that works is killed: many times what one takes on a machine that has nothing else to do.
+const LIMIT: Duration = Duration::from_secs(1800);
 
 /// A guest runs its programs this many times slower than this machine, roughly.
 const SLOWNESS: u32 = 10;
@@ -60,6 +63,12 @@ fn test_program(name: &str) -> Result<PathBuf> {
 
 /// Compiles the programs whose memory the tracker tests follow; a guest has no compiler.
 fn compile_programs() -> Result<PathBuf> {
+    // Once: another test may be about to copy them.
+    static COMPILED: Mutex<Option<PathBuf>> = Mutex::new(None);
+    let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(directory) = &*compiled {
+        return Ok(directory.clone());
+    }
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest-programs");
     fs::create_dir_all(&directory)?;
     for name in ["dirtier", "recorder"] {
@@ -72,6 +81,7 @@ fn compile_programs() -> Result<PathBuf> {
             .context("running cc")?;
         ensure!(status.success(), "cc {name}.c: {status}");
     }
+    *compiled = Some(directory.clone());
     Ok(directory)
 }
 
@@ -109,14 +119,17 @@ fn passed(finished: &Finished, at_least: usize) -> Result<()> {
 #[test]
 fn a_job_that_fails_or_hangs_fails_here_and_shows_the_console() -> Result<()> {
     let _permit = Permits::take(1);
+    let start = Instant::now();
     let failing = Guest::new("6.12").run(Job::new("echo a last word; exit 7")?);
+    let took = start.elapsed();
     let said = format!("{:?}", failing.expect_err("the job ended with 7"));
     ensure!(said.contains("exit status: 7"), "{said}");
     ensure!(said.contains("a last word"), "{said}");
     ensure!(said.contains("userland after"), "no console: {said}");
 
     let mut hanging = Guest::new("6.12");
-    hanging.limit = Duration::from_secs(40);
+    // Time enough to boot here and now, and to say something.
+    hanging.limit = Duration::from_secs(10) + 4 * took;
     let said = hanging.run(Job::new("echo it hangs; sleep 1000")?);
     let said = format!("{:?}", said.expect_err("the job never ends"));
     ensure!(said.contains("exit status: 124"), "{said}");
@@ -199,7 +212,7 @@ fn trackers_of(kernel: &'static str, offered: &str) -> Result<()> {
     )?;
     job.directory(&programs)?;
     let mut guest = Guest::new(kernel);
-    guest.limit = Duration::from_secs(600);
+    guest.limit = LIMIT;
     let _permit = Permits::take(1);
     passed(&guest.run(job)?, 20)
 }
@@ -223,7 +236,7 @@ const PRE_COPY: [&str; 2] = [
 fn moves_on(kernel: &'static str, tests: &[&str]) -> Result<()> {
     let mut guest = Guest::new(kernel);
     guest.memory_mib = 3072;
-    guest.limit = Duration::from_secs(600);
+    guest.limit = LIMIT;
     let settings = format!("export MIGRATE_TEST_SLOWNESS={SLOWNESS}");
     let job = tests_job("move", &settings, tests)?;
     let _permit = Permits::take(1);
@@ -283,7 +296,7 @@ fn between(first: End, second: End, moves: &str) -> Result<()> {
         }
         let guest = Guest {
             memory_mib: 1536,
-            limit: Duration::from_secs(600),
+            limit: LIMIT,
             wire: Some((wire.clone(), wire_end)),
             ..Guest::new(end.kernel)
         };

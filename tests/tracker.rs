@@ -28,9 +28,14 @@ use support::mirror::Mirror;
 use support::offer::{injects, offered, opened, slowness, stretched, with_each};
 use support::program::{Commanded, Name, program};
 
-/// How long to wait for a thread to stop.
+/// How long to wait for a thread that stops as soon as it may run.
 fn patience() -> Duration {
-    stretched(Duration::from_millis(100))
+    stretched(Duration::from_secs(10))
+}
+
+/// How long a `vfork` lasts that something is done in, however busy this machine is.
+fn long_vfork() -> String {
+    format!("vfork {}", 5000.max(1500 * slowness()))
 }
 
 /// Follows a program through `commands`, scanning and reading before and after each; then freezes it and compares.
@@ -280,7 +285,7 @@ fn a_vfork_child_shares_its_parents_space() {
         let freezer = Freezer::new("vfork");
         let mut dirtier = Commanded::start(&freezer);
         let parent = dirtier.pid();
-        dirtier.obey(&format!("vfork {}", 1500 * slowness()));
+        dirtier.obey(&long_vfork());
         let tasks = freezer.tasks_when(|tasks| tasks.len() == 2);
         let mut tracker = opened(kind);
         let scans = tracker.scan(&tasks, Motion::Running).unwrap();
@@ -305,10 +310,12 @@ fn a_vfork_child_is_the_way_in_while_its_parent_waits() {
     }
     let freezer = Freezer::new("vfork-way-in");
     let mut dirtier = Commanded::start(&freezer);
-    dirtier.obey(&format!("vfork {}", 1500 * slowness()));
+    dirtier.obey(&long_vfork());
     let tasks = freezer.tasks_when(|tasks| tasks.len() == 2);
     let device = open_device().unwrap();
-    let attached = inject::userfaultfd(dirtier.pid(), &device, patience());
+    // It does not stop, however long it is waited for.
+    let impatience = stretched(Duration::from_millis(100));
+    let attached = inject::userfaultfd(dirtier.pid(), &device, impatience);
     assert!(
         matches!(
             attached,
@@ -489,7 +496,11 @@ fn a_process_that_dies_while_it_is_attached_to_is_told_as_such() {
     }
     let device = open_device().unwrap();
     let (mut attached, mut died) = (0, 0);
-    for index in 0..300u64 {
+    for index in 0..u64::MAX {
+        // Ever later, until some were attached to.
+        if index >= 300 && attached > 0 && died > 0 {
+            break;
+        }
         let mut child = std::process::Command::new("sleep")
             .arg("1000")
             .spawn()

@@ -18,6 +18,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
+/// How long anything may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// A host: its identity and whom it trusts.
 struct Host {
     _dir: TempDir,
@@ -60,6 +63,15 @@ fn two_hosts() -> (Host, Host) {
     source.trusts("target", &target);
     target.trusts("source", &source);
     (source, target)
+}
+
+/// A peer that is silent is not given up while a test lasts: what is learned is learned from what it says.
+fn patient() -> Settings {
+    Settings {
+        connect_timeout: Duration::from_secs(3600),
+        idle_timeout: Duration::from_secs(3600),
+        ..Settings::default()
+    }
 }
 
 type Handshake = Result<(Connection, Control), TransportError>;
@@ -188,10 +200,10 @@ async fn hosts_without_a_common_version_tell_each_other_what_they_speak() {
     let (source, target) = two_hosts();
     let newer = Settings {
         versions: vec![Version(9), Version(8)],
-        ..Settings::default()
+        ..patient()
     };
-    let start = Instant::now();
-    let (from, to) = meet(&source, &target, newer, Settings::default()).await;
+    let told = tokio::time::timeout(PATIENCE, meet(&source, &target, newer, patient())).await;
+    let (from, to) = told.expect("not by timeout");
     match from {
         Err(TransportError::VersionMismatch { ours, theirs }) => {
             assert_eq!(ours, [Version(9), Version(8)]);
@@ -206,7 +218,6 @@ async fn hosts_without_a_common_version_tell_each_other_what_they_speak() {
         }
         other => panic!("the agent said {:?}", other.err()),
     }
-    assert!(start.elapsed() < Duration::from_secs(1), "told at once");
 }
 
 #[tokio::test]
@@ -378,16 +389,19 @@ async fn a_message_that_was_cancelled_half_way_is_received_whole_later() {
 #[tokio::test]
 async fn a_dropped_connection_is_told_to_the_peer() {
     let (source, target) = two_hosts();
-    let ((from, ask), (to, mut answer)) = connected(&source, &target).await;
+    let (from, to) = meet(&source, &target, patient(), patient()).await;
+    let ((from, ask), (to, mut answer)) = (from.expect("connects"), to.expect("accepts"));
     drop(ask);
     drop(from);
-    let start = Instant::now();
-    assert!(matches!(
-        answer.receive().await,
-        Err(TransportError::ClosedByPeer(PeerError::Internal)) | Ok(None)
-    ));
-    to.closed().await;
-    assert!(start.elapsed() < Duration::from_secs(2), "not by timeout");
+    let told = async {
+        assert!(matches!(
+            answer.receive().await,
+            Err(TransportError::ClosedByPeer(PeerError::Internal)) | Ok(None)
+        ));
+        to.closed().await
+    };
+    let told = tokio::time::timeout(PATIENCE, told).await;
+    told.expect("not by timeout");
 }
 
 #[tokio::test]
@@ -438,7 +452,11 @@ async fn a_sender_is_held_up_by_a_slow_reader_and_told_when_it_leaves() {
     });
     // Nobody reads: what fits in the queues and QUIC's windows is taken, then the sender blocks.
     let mut frames = 0;
-    while let Ok(count) = sent.recv_timeout(Duration::from_secs(1)) {
+    let silence = |frames| match frames {
+        0..2 => PATIENCE,
+        _ => Duration::from_secs(1),
+    };
+    while let Ok(count) = sent.recv_timeout(silence(frames)) {
         frames = count;
     }
     assert!((2..=128).contains(&frames), "{frames} MiB are on the way");
@@ -495,11 +513,13 @@ impl Cable {
 #[tokio::test]
 async fn a_cut_link_is_noticed_by_both_sides_within_the_idle_timeout() {
     let (source, target) = two_hosts();
+    // Long enough for a host that has other things to do, and stands still for a while.
     let settings = Settings {
-        idle_timeout: Duration::from_secs(1),
-        keep_alive: Duration::from_millis(250),
+        idle_timeout: Duration::from_secs(6),
+        keep_alive: Duration::from_secs(1),
         ..Settings::default()
     };
+    let idle_timeout = settings.idle_timeout;
     let listener = target.listener(settings.clone());
     let cable = Cable::to(listener.local_addr().expect("has an address")).await;
     let connector = source.connector(settings);
@@ -510,19 +530,18 @@ async fn a_cut_link_is_noticed_by_both_sides_within_the_idle_timeout() {
     let (from, to) = tokio::join!(connector.connect(cable.addr), accepted);
     let ((from, mut ask), (_to, mut answer)) = (from.expect("connects"), to.expect("accepts"));
     // Longer than the idle timeout: signs of life keep an idle connection open.
-    tokio::time::sleep(Duration::from_millis(1500)).await;
+    tokio::time::sleep(idle_timeout * 5 / 4).await;
     assert!(from.close_reason().is_none(), "idle is not dead");
 
     cable.cut().await;
-    let start = Instant::now();
-    let (asked, answered) = tokio::join!(ask.receive(), answer.receive());
+    let both = async { tokio::join!(ask.receive(), answer.receive()) };
+    let noticed = tokio::time::timeout(PATIENCE, both).await;
+    let (asked, answered) = noticed.expect("noticed");
     assert!(matches!(asked, Err(TransportError::TimedOut)), "{asked:?}");
     assert!(
         matches!(answered, Err(TransportError::TimedOut)),
         "{answered:?}"
     );
-    let took = start.elapsed();
-    assert!(took < Duration::from_secs(3), "noticed after {took:?}");
     let late = ask.send(RoundReceived { round: 1 }).await;
     assert!(matches!(late, Err(TransportError::TimedOut)));
 }

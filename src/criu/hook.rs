@@ -232,7 +232,8 @@ pub fn may_have_run(directory: &Path) -> bool {
 }
 
 fn greet(mut stream: UnixStream) -> io::Result<Option<WaitingHook>> {
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    // Said at once, unless the host has no processor to spare; without it the whole migration is off.
+    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
     let mut line = Vec::new();
     let mut byte = [0];
     while line.len() < 64 && stream.read(&mut byte)? == 1 && byte != *b"\n" {

@@ -318,7 +318,8 @@ impl Bird {
         let mounts = File::open(format!("/proc/{}/ns/mnt", child.id()))?;
         let bird = Bird { child, mounts };
         // It must be past its exec and asleep, or the memory read now is not the memory dumped later.
-        let deadline = Instant::now() + Duration::from_secs(20);
+        // An emulated host that has other things to do takes many seconds.
+        let deadline = Instant::now() + Duration::from_secs(60);
         while !bird.asleep()? {
             if Instant::now() > deadline {
                 let late = "the scratch process does not start";

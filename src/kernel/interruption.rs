@@ -71,21 +71,21 @@ mod tests {
         let left = std::sync::Arc::new(std::sync::Mutex::new(()));
         let held = left.lock().unwrap();
         let other = std::sync::Arc::clone(&left);
-        // Waits for the lock, which is no sleep, and then sleeps in the standard library's clock_nanosleep.
-        let thread = std::thread::spawn(move || {
+        // Waits for the lock, which is no sleep, and then sleeps in the standard library's clock_nanosleep, to the end of this
+        // process.
+        std::thread::spawn(move || {
             drop(other.lock());
-            std::thread::sleep(Duration::from_secs(2));
+            std::thread::sleep(Duration::from_secs(3600));
         });
         let pid = std::process::id() as i32;
         drop(held);
-        let deadline = Instant::now() + Duration::from_secs(2);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while pages_of_time_left(pid).unwrap().is_empty() {
             assert!(
                 Instant::now() < deadline,
                 "a thread sleeps and no place is found"
             );
         }
-        drop(thread);
     }
 
     #[test]

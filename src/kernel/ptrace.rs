@@ -87,6 +87,10 @@ pub fn trace<T: Send>(work: impl FnOnce(&Tracer) -> T + Send) -> T {
     })
 }
 
+/// The most that counts as waited from one look at a thread to the next. If it was longer we did not run meanwhile, as on a
+/// host that is overloaded or stood still, and then the thread had no chance to stop either.
+const LOOK: Duration = Duration::from_millis(5);
+
 impl Tracer {
     /// Stops thread `tid`, waiting at most `patience` for it.
     ///
@@ -106,21 +110,24 @@ impl Tracer {
         })?;
         request(libc::PTRACE_INTERRUPT, tid, 0, 0)
             .map_err(|errno| refused("PTRACE_INTERRUPT", tid, errno))?;
-        let asked = Instant::now();
+        let (mut waited, mut looked) = (Duration::ZERO, Instant::now());
         loop {
-            match wait(tid, libc::WNOHANG)? {
+            let stop = wait(tid, libc::WNOHANG)?;
+            waited += looked.elapsed().min(LOOK);
+            looked = Instant::now();
+            match stop {
                 Some(Stop::Event) => break,
                 // Signals it was just receiving go on to it; the stop we asked for comes after.
                 Some(Stop::Signal(signal)) => resume(libc::PTRACE_CONT, tid, signal)?,
                 Some(Stop::Syscall) => resume(libc::PTRACE_CONT, tid, 0)?,
-                None if asked.elapsed() > patience => {
+                None if waited > patience => {
                     return Err(StopError::Uninterruptible {
                         tid,
                         waited: patience,
                     });
                 }
                 // A running thread stops within microseconds; give way first, sleep only if it takes longer.
-                None if asked.elapsed() < Duration::from_micros(200) => std::thread::yield_now(),
+                None if waited < Duration::from_micros(200) => std::thread::yield_now(),
                 None => std::thread::sleep(Duration::from_micros(100)),
             }
         }

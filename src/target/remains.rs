@@ -72,13 +72,15 @@ pub enum Found {
 impl Copy<'_> {
     /// Removes everything of the copy. Can be repeated.
     pub fn discard(&self) -> Result<(), DiscardError> {
-        self.runc.forget(self.id)?;
+        // The cgroups first: CRIU is in them, and one whose runtime was killed may wait for ever for an init that in turn waits
+        // for CRIU to take notice of its dead threads. Such an init the runtime cannot delete.
         for cgroup in self.cgroups {
             cgroup::remove(cgroup, PATIENCE).map_err(|source| DiscardError::File {
                 path: cgroup.clone(),
                 source,
             })?;
         }
+        self.runc.forget(self.id)?;
         self.discard_files()
     }
 

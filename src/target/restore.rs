@@ -26,6 +26,9 @@ use thiserror::Error;
 /// CRIU's inventory, which it reads first.
 pub const INVENTORY: &str = "inventory.img";
 
+/// How long a runtime may take until CRIU reads its inventory. An emulated host takes seconds.
+const START_PATIENCE: Duration = Duration::from_secs(60);
+
 /// Why a restore could not be driven.
 #[derive(Debug, Error)]
 pub enum RestoreError {
@@ -97,7 +100,7 @@ impl Restore {
 
     /// Waits until CRIU waits for its inventory. It is in the container's cgroups then.
     pub fn wait_ready(&mut self) -> Result<Ready, RestoreError> {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + START_PATIENCE;
         loop {
             // Without a reader a non-blocking open for writing says ENXIO.
             let opened = OpenOptions::new()

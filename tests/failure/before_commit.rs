@@ -40,7 +40,9 @@ fn target_rolls_back(step: &str, harm: Harm) -> Result<()> {
     if agent.is_alive()? {
         agent.signal(Signal::SIGCONT)?;
     }
-    stage.expect_exit(&mut moving, 4)?;
+    stage
+        .expect_exit(&mut moving, 4)
+        .map_err(|error| error.context(agent.output().unwrap_or_default()))?;
     settle(&stage, &moving, agent)
 }
 

@@ -54,7 +54,7 @@ fn an_agent_that_was_told_to_stop_finishes_one_move_and_refuses_another() -> Res
     let mut moving = stage.start_move("web", &["MIGRATE_FAULT=source:Round:stop"])?;
     wait_stopped(&mut moving)?;
     agent.signal(Signal::SIGTERM)?;
-    std::thread::sleep(std::time::Duration::from_millis(100));
+    agent.wait_for("nothing new is taken", LIMIT)?;
     let mut refused = stage.start_move("late", &[])?;
     stage.expect_exit(&mut refused, 3)?;
     ensure!(late.verify(&a, LIMIT)?.verified);

@@ -242,6 +242,16 @@ fn ticks(pid: i32) -> u64 {
     fields[11] + fields[12]
 }
 
+/// What share of a processor a process computes `meanwhile`. Waiting costs a few per cent, a busy loop all it can get; how much
+/// that is, and how long it takes, depends on the host.
+fn share_computed(pid: i32, meanwhile: impl FnOnce()) -> f64 {
+    const TICKS_A_SECOND: f64 = 100.0;
+    let (before, start) = (ticks(pid), Instant::now());
+    meanwhile();
+    let computed = (ticks(pid) - before) as f64 / TICKS_A_SECOND;
+    computed / start.elapsed().as_secs_f64()
+}
+
 fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !so() {
@@ -260,10 +270,11 @@ fn a_fault_on_an_owed_page_waits_for_it_and_for_nothing_else() {
     scene.task().say("check 120 1 120");
     let (vpid, wanted) = bringer.next_want(PATIENCE).expect("a request");
     assert_eq!((vpid, wanted), (1, pages(120, 4)));
-    let before = ticks(scene.pager_pid());
-    assert!(!scene.task().answers_within(Duration::from_millis(500)));
-    let computed = ticks(scene.pager_pid()) - before;
-    assert!(computed < 20, "{computed} ticks of 50 spent on waiting");
+    let share = share_computed(scene.pager_pid(), || {
+        assert!(!scene.task().answers_within(Duration::from_millis(500)));
+    });
+    println!("{share:.2} of a processor spent on waiting");
+    assert!(share < 0.4, "{share:.2} of a processor spent on waiting");
     // Only the record counts.
     bringer.say_came(1, wanted);
     assert!(!scene.task().answers_within(Duration::from_millis(50)));
@@ -783,11 +794,13 @@ fn a_pager_that_dies_while_it_is_adopted_is_adopted_in_its_standby() {
         wait_until("an adoption socket", || socket.exists());
         let killer = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_micros(delay_us));
-            kill(pager);
+            // Late, it finds a pager that is done: then there was no death to survive.
+            let pager = nix::unistd::Pid::from_raw(pager);
+            nix::sys::signal::kill(pager, nix::sys::signal::Signal::SIGKILL).is_ok()
         });
         let mut adopted = orphaned.adopt();
         let working = orphaned.bringer(&mut adopted).work(true);
-        killer.join().expect("killed");
+        let killed = killer.join().expect("no panic");
         let answer = orphaned.tasks[0].answer();
         // As above: it may have died while it read a fault.
         if answer.is_empty() {
@@ -799,7 +812,7 @@ fn a_pager_that_dies_while_it_is_adopted_is_adopted_in_its_standby() {
         adopted.pager.wait_done(PATIENCE).expect("done");
         working.stop();
         assert_eq!(orphaned.store.memory_in_use().expect("measured"), 0);
-        replaced += 1;
+        replaced += u32::from(killed);
     }
     assert!(replaced > 0, "every pager died while it read events");
 }
@@ -811,10 +824,11 @@ fn a_signal_while_the_kernel_waits_for_a_page_keeps_the_pager_from_nothing() {
     let asked = bringer.next_want(PATIENCE).expect("a request");
     // The kernel lets the thread fault without end from the signal on.
     std::thread::sleep(Duration::from_millis(300));
-    let before = ticks(scene.pager_pid());
-    assert!(!scene.task().answers_within(Duration::from_millis(1000)));
-    let computed = ticks(scene.pager_pid()) - before;
-    assert!(computed < 20, "{computed} ticks of 100 spent on waiting");
+    let share = share_computed(scene.pager_pid(), || {
+        assert!(!scene.task().answers_within(Duration::from_millis(1000)));
+    });
+    println!("{share:.2} of a processor spent on waiting");
+    assert!(share < 0.4, "{share:.2} of a processor spent on waiting");
     assert_eq!(bringer.next_want(Duration::from_millis(20)), None);
     scene.tasks[1].say("check 20 1 20");
     let other = bringer.next_want(PATIENCE).expect("a request");

@@ -6,10 +6,10 @@ use serde_json::Value;
 use std::net::SocketAddrV4;
 use std::process::ExitStatus;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long one step of a test may take.
-pub const LIMIT: Duration = Duration::from_secs(120);
+pub const LIMIT: Duration = Duration::from_secs(300);
 
 /// Where a move leaves its report, on the host it is asked on.
 const REPORT: &str = "/run/report.json";
@@ -151,7 +151,7 @@ impl<'h> Pair<'h> {
     }
 
     /// Since the snapshot nothing has come to the host but what a host keeps anyway, and what is `allowed`: the name of a
-    /// thing, or with `*` at the end how it begins.
+    /// thing, or with `*` at the end how it begins. What tidies up after itself, as a guard does, is waited for.
     pub fn ensure_nothing_left(
         &self,
         host: &Host,
@@ -165,14 +165,20 @@ impl<'h> Pair<'h> {
             };
             KEPT.iter().chain(allowed).any(fits)
         };
-        let mut left = before.leftovers(host)?;
-        left.retain(|thing| !is_allowed(thing));
-        ensure!(
-            left.is_empty(),
-            "left on host {}:\n{}",
-            host.name(),
-            left.join("\n")
-        );
-        Ok(())
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let mut left = before.leftovers(host)?;
+            left.retain(|thing| !is_allowed(thing));
+            if left.is_empty() {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "left on host {}:\n{}",
+                host.name(),
+                left.join("\n")
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 }

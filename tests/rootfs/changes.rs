@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 #[test]
@@ -166,7 +166,7 @@ fn a_change_within_the_clock_tick_of_the_pass_is_found() {
     // On a busy machine a pass can take longer than the tick: until some took less.
     let (mut hidden, mut round) = (0, 0u8);
     let start = Instant::now();
-    while hidden < 5 && start.elapsed() < Duration::from_secs(30) {
+    while hidden < 5 && start.elapsed() < Duration::from_secs(120) {
         round = round.wrapping_add(1);
         fs::write(&path, [round, 0]).unwrap();
         let before = ctime();
@@ -197,29 +197,35 @@ fn a_write_still_under_way_when_the_file_was_read_is_found() {
     )
     .unwrap();
     let path = trees.source.join("f");
-    fs::write(&path, Dice(4).bytes(10_000)).unwrap();
-    // A mapping that no set names stands for a long write(2): stamped at its first store, not at the next.
-    let mut mapping = SharedMapping::new(&trees, &path);
-    mapping.store(1, 1);
-    std::thread::sleep(Duration::from_millis(200));
     let ctime = || {
         (
             fs::metadata(&path).unwrap().ctime(),
             fs::metadata(&path).unwrap().ctime_nsec(),
         )
     };
-    let before = ctime();
-    let mut link = trees.connect();
-    link.first();
-    mapping.store(2, 2);
-    mapping.end();
-    assert_eq!(
-        before,
-        ctime(),
-        "the store was expected to leave the times alone"
-    );
-    link.changed();
-    link.finish();
+    fs::write(&path, Dice(4).bytes(10_000)).unwrap();
+    let mut in_time = false;
+    while !in_time {
+        // A mapping that no set names stands for a long write(2): stamped at its first store, not at the next.
+        let mut mapping = SharedMapping::new(&trees, &path);
+        let start = Instant::now();
+        mapping.store(1, 1);
+        std::thread::sleep(Duration::from_millis(200));
+        let before = ctime();
+        let mut link = trees.connect();
+        link.first();
+        // A write is taken to last 2 s at most. Where this machine stood still for longer nothing was tested.
+        in_time = start.elapsed() < Duration::from_secs(2);
+        mapping.store(2, 2);
+        mapping.end();
+        assert_eq!(
+            before,
+            ctime(),
+            "the store was expected to leave the times alone"
+        );
+        link.changed();
+        link.finish();
+    }
     trees.assert_same();
 }
 
@@ -327,10 +333,9 @@ fn a_tree_that_changes_during_the_first_pass_is_right_after_the_last() {
         .unwrap();
     }
     fs::write(root.join("large"), dice.bytes(24 << 20)).unwrap();
-    let stop = AtomicBool::new(false);
+    let (stop, mutations) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
         let mutator = scope.spawn(|| {
-            let mut mutations = 0u64;
             while !stop.load(Ordering::Relaxed) {
                 crate::random::mutate(&root, &mut dice);
                 // Content and length of a file that takes long to read.
@@ -341,23 +346,25 @@ fn a_tree_that_changes_during_the_first_pass_is_right_after_the_last() {
                 large
                     .write_all_at(&dice.bytes(100), dice.roll() % (24 << 20))
                     .unwrap();
-                if mutations.is_multiple_of(7) {
+                if mutations.fetch_add(1, Ordering::Relaxed).is_multiple_of(7) {
                     large.set_len((16 << 20) + dice.roll() % (8 << 20)).unwrap();
                 }
-                mutations += 1;
             }
-            mutations
         });
         let stopping = StopOnDrop(&stop);
         let mut link = trees.connect();
         let first = link.first();
-        let middle = (link.changed(), link.changed());
+        let mut middle = vec![link.changed(), link.changed()];
+        let start = Instant::now();
+        while mutations.load(Ordering::Relaxed) <= 20 {
+            assert!(start.elapsed() < Duration::from_secs(600), "no mutator");
+            middle.push(link.changed());
+        }
         drop(stopping);
-        let mutations = mutator.join().unwrap();
+        mutator.join().unwrap();
         let last = link.changed();
         link.finish();
-        println!("{mutations} mutations; first {first:?}\nthen {middle:?}\nlast {last:?}");
-        assert!(mutations > 20, "the mutator hardly ran: {mutations}");
+        println!("{mutations:?} mutations; first {first:?}\nthen {middle:?}\nlast {last:?}");
         assert_eq!(last.skipped, 0);
     });
     trees.assert_same();
@@ -388,10 +395,9 @@ fn a_directory_swapped_for_a_symlink_never_leads_out_of_the_source() {
         .unwrap();
     fs::remove_dir(seen_first.path()).unwrap();
     let (victim, received) = (seen_first.path(), trees.target.join(seen_first.file_name()));
-    let stop = AtomicBool::new(false);
+    let (stop, swaps) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
         let swapping = scope.spawn(|| {
-            let mut swaps = 0;
             while !stop.load(Ordering::Relaxed) {
                 // Long enough a symlink that one entered is still one when its files are read.
                 for (name, millis) in [("real", 1), ("fake", 6)] {
@@ -399,16 +405,20 @@ fn a_directory_swapped_for_a_symlink_never_leads_out_of_the_source() {
                     std::thread::sleep(Duration::from_millis(millis));
                     fs::rename(&victim, home.join(name)).unwrap();
                 }
-                swaps += 1;
+                swaps.fetch_add(1, Ordering::Relaxed);
             }
-            swaps
         });
         let stopping = StopOnDrop(&stop);
         let mut link = trees.connect();
         link.first();
         let mut passes = 0;
-        let start = Instant::now();
-        while start.elapsed() < Duration::from_secs(3) {
+        let (start, mut enough) = (Instant::now(), false);
+        while !enough || start.elapsed() < Duration::from_secs(3) {
+            enough = passes > 100 && swaps.load(Ordering::Relaxed) > 100;
+            assert!(
+                start.elapsed() < Duration::from_secs(600),
+                "{passes} passes"
+            );
             link.changed();
             passes += 1;
             let is_directory = |meta: fs::Metadata| meta.is_dir();
@@ -425,11 +435,7 @@ fn a_directory_swapped_for_a_symlink_never_leads_out_of_the_source() {
         }
         drop(stopping);
         link.finish();
-        let swaps = swapping.join().unwrap();
-        assert!(
-            swaps > 100 && passes > 100,
-            "{swaps} swaps, {passes} passes"
-        );
+        swapping.join().unwrap();
     });
 }
 

@@ -77,7 +77,7 @@ impl Freezer {
     }
 
     fn wait(&self, mut until: impl FnMut() -> bool) {
-        let patience = Instant::now() + stretched(Duration::from_secs(20));
+        let patience = Instant::now() + stretched(Duration::from_secs(60));
         while !until() {
             assert!(
                 Instant::now() < patience,
@@ -99,7 +99,7 @@ impl Freezer {
 
 impl Drop for Freezer {
     fn drop(&mut self) {
-        let patience = Instant::now() + stretched(Duration::from_secs(20));
+        let patience = Instant::now() + stretched(Duration::from_secs(60));
         loop {
             let pids = fs::read_to_string(self.procs()).unwrap_or_default();
             for pid in pids.lines().filter_map(|pid| pid.parse().ok()) {

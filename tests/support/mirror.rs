@@ -71,8 +71,9 @@ impl Mirror {
                     match mirror.get(&PageNumber(page)) {
                         None if marker => {}
                         None => panic!(
-                            "{address:#x} of process {} was never sent ({vma:?})",
-                            scan.pid
+                            "{address:#x} of process {} was never sent ({vma:?}, pagemap {entry:#x}, all zeros: {})",
+                            scan.pid,
+                            now == [0; 4096]
                         ),
                         Some(copy) => assert!(
                             **copy == now,

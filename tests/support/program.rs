@@ -147,7 +147,7 @@ impl Commanded {
 
     /// Waits until `/proc/PID/stat` shows the leader in `state`.
     pub fn wait_for_state(&self, state: char) {
-        let patience = Instant::now() + stretched(Duration::from_secs(10));
+        let patience = Instant::now() + stretched(Duration::from_secs(60));
         loop {
             let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
             let now = stat[stat.rfind(')').unwrap() + 2..].chars().next().unwrap();

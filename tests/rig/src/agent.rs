@@ -13,7 +13,7 @@ use crate::running::Running;
 const PORT: u16 = 7070;
 
 /// How long an agent may take until it listens.
-const STARTED: Duration = Duration::from_secs(60);
+const STARTED: Duration = Duration::from_secs(180);
 
 /// Makes two hosts trust each other: what an administrator does once with `migrate identity` and `migrate trust add`.
 pub fn introduce(a: &Host, b: &Host) -> Result<()> {

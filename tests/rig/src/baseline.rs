@@ -16,7 +16,7 @@ use crate::listening::{Protocol, listens};
 use crate::running::Running;
 
 /// How long a page server may take until it listens.
-const SERVER_STARTED: Duration = Duration::from_secs(20);
+const SERVER_STARTED: Duration = Duration::from_secs(120);
 
 /// Dumps the container to `images` (a directory on the host) and ends it there.
 pub fn checkpoint(host: &Host, container: &Container, images: &str) -> Result<()> {

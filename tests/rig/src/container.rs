@@ -79,7 +79,7 @@ impl Container {
             log_name: format!("{}.jsonl", workload.name()),
             _heard: options.piped.then_some(runc),
         };
-        container.wait_ready(host, Duration::from_secs(120))?;
+        container.wait_ready(host, Duration::from_secs(300))?;
         Ok(container)
     }
 

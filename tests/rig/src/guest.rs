@@ -122,7 +122,7 @@ pub enum WireEnd {
 }
 
 impl Guest {
-    /// A guest with one processor and 2 GiB that may take five minutes.
+    /// A guest with one processor and 2 GiB that may take a quarter of an hour: it may have to share this machine.
     ///
     /// With a second processor kernel 6.12 died now and then in `__schedule`, in the middle of an instruction that it was
     /// patching: QEMU 7.2's emulation does not make such a change visible to other processors in order. The guest's init
@@ -132,7 +132,7 @@ impl Guest {
             kernel,
             memory_mib: 2048,
             cpus: 1,
-            limit: Duration::from_secs(300),
+            limit: Duration::from_secs(900),
             wire: None,
         }
     }

@@ -22,7 +22,10 @@ pub const CRIU_PREFIX: &str = "/opt/migrate/criu";
 const KEEPER: &str = include_str!("host.sh");
 
 /// How long a command on a host may take unless the caller says otherwise.
-const COMMAND_LIMIT: Duration = Duration::from_secs(120);
+const COMMAND_LIMIT: Duration = Duration::from_secs(300);
+
+/// How long the keeper may take to remove a host. It gives up after a minute by itself.
+const REMOVED: Duration = Duration::from_secs(90);
 
 /// A host: commands run in it, containers run on it, [`Link`](crate::Link)s join it to others.
 ///
@@ -256,7 +259,7 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         drop(self.keeper.stdin.take());
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + REMOVED;
         while Instant::now() < deadline {
             match self.keeper.try_wait() {
                 Ok(None) => std::thread::sleep(Duration::from_millis(5)),

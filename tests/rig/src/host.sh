@@ -135,29 +135,29 @@ join_cgroups() {
 	done < <(hierarchies)
 }
 
-# Kills all that lives in the host's cgroups, frozen or not, until nothing does, and removes them.
+# Kills all that lives in the host's cgroups, frozen or not, and removes them. Again and again: a process may fork while it is
+# listed, and one that is listed no more keeps its cgroup busy until it has been waited for.
 remove() {
-	local version root options pid file tries
-	for tries in {1..200}; do
-		local alive=
+	local version root options pid file left
+	local give_up=$((SECONDS + 60))
+	while [ $SECONDS -lt $give_up ]; do
+		left=
 		while read -r version root options; do
 			[ -d "$root/$cgroup" ] || continue
 			while read -r file; do
 				for pid in $(cat "$file" 2>/dev/null); do
-					alive=yes
 					kill -KILL "$pid" 2>/dev/null || true
 				done
-			done < <(find "$root/$cgroup" -name cgroup.procs)
+			done < <(find "$root/$cgroup" -name cgroup.procs 2>/dev/null)
 			# A frozen process dies when it is thawed, children first or not.
 			while read -r file; do echo THAWED >"$file" || true; done < <(find "$root/$cgroup" -name freezer.state) 2>/dev/null
 			while read -r file; do echo 0 >"$file" || true; done < <(find "$root/$cgroup" -name cgroup.freeze) 2>/dev/null
+			find "$root/$cgroup" -depth -type d -exec rmdir {} + 2>/dev/null || true
+			[ ! -d "$root/$cgroup" ] || left=yes
 		done < <(hierarchies)
-		[ -n "$alive" ] || break
+		[ -n "$left" ] || break
 		sleep 0.01
 	done
-	while read -r version root options; do
-		[ ! -d "$root/$cgroup" ] || find "$root/$cgroup" -depth -type d -exec rmdir {} +
-	done < <(hierarchies)
 	# The mounts went with the last process of the namespace; --one-file-system in case one has not.
 	rm -rf --one-file-system "$dir"
 	rmdir --ignore-fail-on-non-empty "$(dirname "$dir")" 2>/dev/null || true

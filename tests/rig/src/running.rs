@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 
 /// How often a condition is looked at while waiting for it.
@@ -111,6 +112,16 @@ impl Running {
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         kill(Pid::from_raw(self.pid()), signal).with_context(|| format!("signalling {}", self.what))
+    }
+
+    /// Kills it, and returns when it is dead as a whole: its last thread gone, its sockets closed.
+    pub fn kill(&self) -> Result<()> {
+        self.signal(Signal::SIGKILL)?;
+        // Left to be waited for: whoever asks later whether it lives has to find out.
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+        waitid(Id::Pid(Pid::from_raw(self.pid())), flags)
+            .map(drop)
+            .with_context(|| format!("waiting for the end of {}", self.what))
     }
 
     /// What it has written to stdout.

@@ -74,8 +74,13 @@ impl PeakMemory {
         let sampler = std::thread::spawn({
             let (stop, peak) = (stop.clone(), peak.clone());
             move || {
-                while !stop.load(Ordering::Relaxed) {
+                loop {
+                    // Once more after the word to stop: what is held at the end counts, however late this thread is.
+                    let stopping = stop.load(Ordering::Relaxed);
                     peak.fetch_max(held_bytes(&stat).unwrap_or(0), Ordering::Relaxed);
+                    if stopping {
+                        break;
+                    }
                     std::thread::sleep(SAMPLE);
                 }
             }

@@ -2,7 +2,7 @@
 //! Needs root, runc and CRIU; fails without them.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use rig::{
@@ -10,7 +10,7 @@ use rig::{
     copy_container_files, cpu_seconds, restore,
 };
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
 
 #[test]
 fn a_host_has_its_own_network_mounts_and_cgroups() -> Result<()> {
@@ -48,7 +48,7 @@ fn a_link_carries_packets_until_it_is_cut() -> Result<()> {
     let (a, b) = (Host::new("a")?, Host::new("b")?);
     let link = Link::join(&a, &b)?;
     // Nobody listens there: a refusal is an answer of the other host.
-    let knock = format!("timeout 2 bash -c 'echo > /dev/tcp/{}/7'", link.second());
+    let knock = format!("timeout 60 bash -c 'echo > /dev/tcp/{}/7'", link.second());
     let answers = || {
         Ok::<_, anyhow::Error>(
             a.run("sh", ["-c", &knock])
@@ -138,14 +138,17 @@ fn a_container_is_dumped_and_restored_on_one_host() -> Result<()> {
     )?;
     let before = container.verify(&host, LIMIT)?;
     checkpoint(&host, &container, "/srv/images")?;
+    let stopped = Instant::now();
     assert!(!container.is_running(&host)?);
+    std::thread::sleep(Duration::from_millis(500));
+    let stopped_ms = stopped.elapsed().as_secs_f64() * 1000.0;
     restore(&host, &container, "/srv/images")?;
     let after = container.verify(&host, LIMIT)?;
     assert!(after.verified && after.errors == 0, "{after:?}");
     assert!(after.seq > before.seq, "{before:?} then {after:?}");
     assert!(
-        after.longest_gap_ms > before.longest_gap_ms,
-        "the stop must be seen: {after:?}"
+        after.longest_gap_ms >= stopped_ms,
+        "the stop of {stopped_ms} ms must be seen: {after:?}"
     );
     container.delete(&host)
 }

@@ -27,8 +27,9 @@ const PORT: u16 = 7000;
 /// Exit code of `migrate` for a move that preflight refused.
 const REFUSED: i32 = 3;
 
-/// How long the other guest may take to boot, and then for a step. Guests are emulated.
-const PATIENCE: Duration = Duration::from_secs(240);
+/// How long the other guest may take to boot, and then for a step. Guests are emulated, on a machine that may have other things
+/// to do.
+const PATIENCE: Duration = Duration::from_secs(600);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
