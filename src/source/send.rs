@@ -157,11 +157,16 @@ impl<S: FrameSink> Sender<S> {
             }
         }
         for (space, pages) in pages {
-            if let Some(sent) = self.sent.get_mut(space) {
-                sent.subtract(pages);
-            }
+            self.forget(*space, pages);
         }
         Ok(bytes_wire)
+    }
+
+    /// Takes it that the target has no copy of these pages.
+    pub fn forget(&mut self, space: SpaceId, pages: &PageSet) {
+        if let Some(sent) = self.sent.get_mut(&space) {
+            sent.subtract(pages);
+        }
     }
 
     /// The pages of `space` that the target has some copy of.

@@ -1,7 +1,8 @@
 // The program whose memory tests/tracker.rs follows: it changes its memory in every way a program can.
 //
 // Commands come as lines on standard input, each is answered with one line. It calls no malloc after the start, so that
-// brk is its own. Started as `work` it changes its memory for ever; as `flood PID COUNT` it sends signals.
+// brk is its own. Started as `work` it changes its memory for ever; as `flood PID COUNT` it sends signals; as
+// `collapse PID BLOCK` it does to that program what khugepaged may do.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -21,6 +22,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -432,6 +434,13 @@ static void obey(char *line) {
 		longest_gap = 0;
 		say("%ld", gap);
 		return;
+	} else if (!strcmp(line, "renew")) { // another block in its place, of which a page in 512 is there
+		if (mmap(block, block_pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != block)
+			die("mmap over the block");
+		madvise(block, block_pages * PAGE, MADV_NOHUGEPAGE);
+		for (size_t i = 7; i < block_pages; i += 512)
+			*(volatile uint64_t *)(block + i * PAGE) = ~i;
+		madvise(block, block_pages * PAGE, MADV_HUGEPAGE);
 	} else if (!strcmp(line, "drop-and-read")) {
 		for (long i = n; i < n + m; i++) {
 			madvise(block + (size_t)i * PAGE, PAGE, MADV_DONTNEED);
@@ -583,6 +592,14 @@ int main(int argc, char **argv) {
 				die("kill");
 			usleep(100);
 		}
+		return 0;
+	}
+	if (argc > 3 && !strcmp(argv[1], "collapse")) { // PID BLOCK: the first 2 MiB that can be a huge page become one
+		int process = (int)syscall(SYS_pidfd_open, atoi(argv[2]), 0);
+		uintptr_t at = (strtoul(argv[3], NULL, 16) + HUGE - 1) & ~(HUGE - 1);
+		struct iovec range = { (void *)at, HUGE };
+		if (syscall(SYS_process_madvise, process, &range, 1, 25 /* MADV_COLLAPSE */, 0) != (long)HUGE)
+			die("collapse");
 		return 0;
 	}
 	signal(SIGBUS, guard);

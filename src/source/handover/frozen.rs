@@ -95,6 +95,10 @@ impl<S: FrameSink> Handover<'_, S> {
         }
         self.ended.memory_bytes = resident_bytes(&tasks);
         let mut to_send = Vec::with_capacity(self.scans.len());
+        let sender = self.sender.as_mut().ok_or("the page streams are gone")?;
+        for scan in &self.scans {
+            sender.forget(scan.space, &scan.stale);
+        }
         for scan in &self.scans {
             let executable: PageSet = scan
                 .vmas

@@ -34,6 +34,7 @@ impl Tracker for Bystander {
                     sharers: group.sharers(),
                     vmas,
                     dirty: PageSet::new(),
+                    stale: PageSet::new(),
                     untracked: None,
                 }),
                 Err(MapsError::Exited { .. }) => {}

@@ -97,6 +97,12 @@ pub struct SpaceScan {
     pub vmas: Vec<Vma>,
     /// Pages to send. Some may be gone by the time they are read.
     pub dirty: PageSet,
+    /// Of a frozen space: pages that may come into being without being reported, so that no copy of them that was sent before
+    /// is worth anything. None of them need exist.
+    ///
+    /// `khugepaged` makes huge pages of frozen processes' memory, too, and of what is not there it makes zeros. Who had sent
+    /// what was there earlier would take that for its content.
+    pub stale: PageSet,
     /// Why writes are not tracked yet: every populated page was and will be dirty until that changes.
     pub untracked: Option<Untracked>,
 }

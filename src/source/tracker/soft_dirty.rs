@@ -166,6 +166,11 @@ impl SoftDirty {
                 dirty.extend(&bits.populated.intersecting(range).into_iter().collect());
             }
         }
+        let mut stale = PageSet::new();
+        if motion == Motion::Frozen {
+            stale.extend(&vmas.iter().map(|vma| vma.range).collect());
+            stale.subtract(&bits.populated);
+        }
         let space = Space {
             id,
             image,
@@ -181,6 +186,7 @@ impl SoftDirty {
             sharers: group.sharers(),
             vmas,
             dirty,
+            stale,
             untracked,
         };
         Ok((space, scan))

@@ -179,9 +179,15 @@ impl UffdWp {
             // Armed for the next scan; this one takes all that is populated, so that the answer does not matter.
             eyes.take_written(range)?;
         }
+        let mut stale = PageSet::new();
         for (range, _) in unknown {
             eyes.take_populated(range)?;
+            // Elsewhere a userfaultfd keeps khugepaged from filling holes.
+            if motion == Motion::Frozen {
+                stale.insert(range);
+            }
         }
+        stale.subtract(&eyes.dirty);
         Ok(Look::Seen(SpaceScan {
             space: space.id,
             pid,
@@ -189,6 +195,7 @@ impl UffdWp {
             sharers: group.sharers(),
             vmas,
             dirty: eyes.dirty,
+            stale,
             untracked,
         }))
     }
