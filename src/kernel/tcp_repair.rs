@@ -4,19 +4,26 @@
 //! Killed in between it leaves it there, and the process that goes on can neither read nor write: EPERM.
 
 use super::pidfd::{Pidfd, PidfdError};
-use nix::sys::socket::{getsockopt, setsockopt, sockopt::TcpRepair};
+use nix::sys::socket::{
+    getsockopt, setsockopt,
+    sockopt::{ReuseAddr, TcpRepair},
+};
 use std::fs;
 use std::io;
 use std::os::fd::RawFd;
 
 /// Takes every TCP socket of the process `pid` out of repair mode. One that is not in it is left alone, and a process that is gone
-/// has none.
+/// has none. What fails for one socket is done for the others all the same.
+///
+/// The kernel takes SO_REUSEADDR away with repair mode, and what it was before nobody knows any more: it is set, as servers have
+/// it, or one could not be started again while its connections last.
 pub fn end(pid: i32) -> io::Result<()> {
     let process = match Pidfd::open(pid) {
         Ok(process) => process,
         Err(PidfdError::Exited { .. }) => return Ok(()),
         Err(error) => return Err(io::Error::other(error)),
     };
+    let mut ended = Ok(());
     for number in sockets(pid)? {
         // Closed in between by another process of the same table.
         let Ok(socket) = process.getfd(number) else {
@@ -24,15 +31,22 @@ pub fn end(pid: i32) -> io::Result<()> {
         };
         // No TCP socket has no such option.
         if getsockopt(&socket, TcpRepair).is_ok_and(|repair| repair != 0) {
-            setsockopt(&socket, TcpRepair, &0)?;
+            let off = setsockopt(&socket, TcpRepair, &0);
+            let off = off.and_then(|()| setsockopt(&socket, ReuseAddr, &true));
+            ended = ended.and(off.map_err(io::Error::from));
         }
     }
-    Ok(())
+    ended
 }
 
 fn sockets(pid: i32) -> io::Result<Vec<RawFd>> {
     let mut numbers = Vec::new();
-    for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+    let entries = match fs::read_dir(format!("/proc/{pid}/fd")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(numbers),
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(numbers),
+        entries => entries?,
+    };
+    for entry in entries.flatten() {
         let is_socket = fs::read_link(entry.path())
             .is_ok_and(|target| target.to_string_lossy().starts_with("socket:["));
         if let Ok(number) = entry.file_name().to_string_lossy().parse()
@@ -66,6 +80,7 @@ mod tests {
         );
 
         end(std::process::id().cast_signed()).expect("taken out");
+        assert!(getsockopt(&there, ReuseAddr).expect("an option"));
         let mut said = [0; 6];
         there.read_exact(&mut said).expect("nothing is lost");
         assert_eq!(&said, b"before");

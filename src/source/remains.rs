@@ -63,10 +63,12 @@ pub fn let_go_on(
     freezer: &Freezer,
     init_pid: i32,
 ) -> Result<(), RemainsError> {
-    let unlocked = remove_network_lock(freezer, init_pid);
+    // Whatever fails, the rest is done: a container that stands still for it would be worse off.
+    let connected = end_tcp_repair(freezer);
+    let unlocked = remove_network_lock(init_pid);
     freezer.thaw()?;
     runc.forget_checkpoint(id)?;
-    unlocked
+    connected.and(unlocked)
 }
 
 /// Makes every task of the frozen copy die as soon as it is thawed. The kills are pending before the thaw, so no
@@ -132,11 +134,23 @@ fn wait_until_gone(tasks: &[Task]) -> Result<(), RemainsError> {
     Ok(())
 }
 
-/// Removes the nftables table that a CRIU which died leaves in the container's network namespace. Its connections are in
-/// repair mode then: they are taken out of it.
+/// Gives every process of the container its connections back, which a CRIU that died leaves in repair mode.
+fn end_tcp_repair(freezer: &Freezer) -> Result<(), RemainsError> {
+    let mut ended = Ok(());
+    for task in tasks(freezer)? {
+        let end = tcp_repair::end(task.pid);
+        ended = ended.and(end.map_err(|source| RemainsError::Connections {
+            pid: task.pid,
+            source,
+        }));
+    }
+    ended
+}
+
+/// Removes the nftables table that a CRIU which died leaves in the container's network namespace.
 ///
 /// CRIU names it `inet CRIU-<pid>` (criu/netfilter.c). Without `nft` on this host there is none of ours.
-fn remove_network_lock(freezer: &Freezer, init_pid: i32) -> Result<(), RemainsError> {
+fn remove_network_lock(init_pid: i32) -> Result<(), RemainsError> {
     let namespace = PathBuf::from(format!("/proc/{init_pid}/ns/net"));
     if !namespace.exists() || !has_nft() {
         return Ok(());
@@ -147,12 +161,6 @@ fn remove_network_lock(freezer: &Freezer, init_pid: i32) -> Result<(), RemainsEr
             .strip_prefix("table inet ")
             .filter(|name| name.starts_with("CRIU-"))
         {
-            for task in tasks(freezer)? {
-                tcp_repair::end(task.pid).map_err(|source| RemainsError::Connections {
-                    pid: task.pid,
-                    source,
-                })?;
-            }
             nft(&namespace, &["delete", "table", "inet", table])
                 .map_err(RemainsError::NetworkLock)?;
         }
