@@ -164,6 +164,26 @@ fn what_khugepaged_makes_of_frozen_memory_is_not_what_was_there_before() {
     });
 }
 
+/// CRIU's parasite makes a page where executable memory begins, also where there was none.
+#[test]
+fn a_hole_in_frozen_executable_memory_has_no_copy_that_counts() {
+    with_each(|kind| {
+        let freezer = Freezer::new("hole");
+        let mut dirtier = Commanded::start(&freezer);
+        let block = dirtier.address("fill 1 0");
+        dirtier.obey("executable");
+        let mut mirror = Mirror::new(opened(kind));
+        mirror.round(&freezer, Motion::Running);
+        mirror.round(&freezer, Motion::Running);
+        dirtier.obey("drop 0 2");
+        freezer.freeze();
+        let stale = &mirror.round(&freezer, Motion::Frozen)[0].stale;
+        let in_it = in_block(stale, block, 256);
+        assert_eq!(in_it, [block_pages(block, 0, 2)].into_iter().collect());
+        freezer.thaw();
+    });
+}
+
 #[test]
 fn no_page_is_missed_when_a_program_changes_its_memory_in_every_way() {
     follow(

@@ -434,6 +434,9 @@ static void obey(char *line) {
 		longest_gap = 0;
 		say("%ld", gap);
 		return;
+	} else if (!strcmp(line, "executable")) {
+		if (mprotect(block, block_pages * PAGE, PROT_READ | PROT_WRITE | PROT_EXEC))
+			die("mprotect");
 	} else if (!strcmp(line, "renew")) { // another block in its place, of which a page in 512 is there
 		if (mmap(block, block_pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != block)
 			die("mmap over the block");

@@ -293,3 +293,26 @@ fn a_cancelled_send_stops() {
     let stopped = sender.send(&memory.to_send(), &progress);
     assert!(matches!(stopped, Err(SendError::Cancelled)));
 }
+
+#[test]
+fn what_is_forgotten_is_not_there_and_comes_with_its_new_content() {
+    let mut memory = Memory::new(3);
+    memory.page(1).fill(7);
+    let (mut sender, kept) = sender(1);
+    let everything = memory.to_send();
+    sender
+        .send(&everything, &Progress::default())
+        .expect("sent");
+    let stale = PageRange::from_start_len(PageNumber(memory.first.0 + 1), 1).expect("a page");
+    sender.forget(SPACE, &[stale].into_iter().collect());
+    let there = sender.sent(SPACE).expect("the others");
+    assert!(!there.contains(stale.start()) && there.pages() == 2);
+
+    kept[0].pages();
+    memory.page(1).fill(0);
+    sender
+        .send(&everything, &Progress::default())
+        .expect("sent");
+    assert_eq!(kept[0].pages(), [(stale.start().0, None)]);
+    assert_eq!(sender.sent(SPACE).expect("all").pages(), 3);
+}

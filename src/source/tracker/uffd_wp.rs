@@ -144,6 +144,7 @@ impl UffdWp {
         };
 
         let mut unknown = Vec::new();
+        let mut stale = PageSet::new();
         let mut tracked = 0;
         for (index, vma) in vmas.iter().enumerate().filter(|(_, vma)| is_tracked(vma)) {
             tracked += 1;
@@ -152,6 +153,12 @@ impl UffdWp {
                 unknown.push((vma.range, with_gap(vma.range, vmas.get(index + 1))));
             } else if matches!(vma.kind, VmaKind::File { .. }) {
                 eyes.take_dropped(vma.range)?;
+            }
+            // CRIU's parasite makes a page at the start of an executable mapping, registered or not.
+            if motion == Motion::Frozen && vma.executable {
+                stale.insert(vma.range);
+                eyes.pagemap
+                    .scan(vma.range, POPULATED, |run, _| stale.remove(run))?;
             }
         }
         if !new && unknown.len() == tracked {
@@ -179,10 +186,9 @@ impl UffdWp {
             // Armed for the next scan; this one takes all that is populated, so that the answer does not matter.
             eyes.take_written(range)?;
         }
-        let mut stale = PageSet::new();
         for (range, _) in unknown {
             eyes.take_populated(range)?;
-            // Elsewhere a userfaultfd keeps khugepaged from filling holes.
+            // In what is registered the userfaultfd keeps khugepaged from filling holes.
             if motion == Motion::Frozen {
                 stale.insert(range);
             }
