@@ -104,8 +104,9 @@ impl<S: FrameSink> Handover<'_, S> {
                 .unwrap_or(u32::MAX)
                 .saturating_add(1);
             let pages_before = ledger.lacking();
-            let ledger::Round { pages, sample } =
-                ledger.next_round(throughput(&measured[since_slowed..]));
+            // The first round's pages went out while other things were prepared, which says little of the link.
+            let known = measured.get(since_slowed.max(1)..).and_then(throughput);
+            let ledger::Round { pages, sample } = ledger.next_round(known);
             let to_send = self.to_send(pages);
             let start = Instant::now();
             let (sent, sending) = self.send_round(round, &to_send, |handover| {
