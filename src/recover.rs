@@ -60,8 +60,9 @@ pub fn recover(state_dir: &Path) -> Result<Vec<Finding>, JournalError> {
     Ok(findings)
 }
 
-/// How long another process that serves may take to let go of its journal.
-const LOCK_PATIENCE: Duration = Duration::from_secs(15);
+/// How long another process that looks for the target may take to let go of its journal: it asks and tries to serve, and each
+/// may take as long as a connection.
+const LOCK_PATIENCE: Duration = Duration::from_secs(40);
 
 /// Serves every container that moved away from here and lacks pages, until it has them or its target is looked for in vain.
 pub fn resume(state_dir: &Path) -> Result<Vec<Finding>, JournalError> {

@@ -70,10 +70,20 @@ pub fn move_container(plan: &MovePlan) -> anyhow::Result<ExitCode> {
 }
 
 fn open_report(path: &Path) -> anyhow::Result<File> {
-    File::create(path).with_context(|| format!("cannot write the report to {}", path.display()))
+    // Not emptied yet: an engine that fails has no report to write over the one before.
+    let opened = File::options()
+        .create(true)
+        .write(true)
+        .truncate(false)
+        .open(path);
+    opened.with_context(|| format!("cannot write the report to {}", path.display()))
 }
 
 fn write_report(mut file: File, report: &Report) -> anyhow::Result<()> {
+    // A pipe or a terminal has no length.
+    if file.metadata()?.is_file() {
+        file.set_len(0)?;
+    }
     Ok(file.write_all(&serde_json::to_vec_pretty(report)?)?)
 }
 

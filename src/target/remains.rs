@@ -54,7 +54,7 @@ pub struct Copy<'a> {
     pub home: &'a Path,
     /// Images, sockets and logs of the migration.
     pub work: &'a Path,
-    /// The cgroups that its restore was to make. The runtime removes them itself unless it died before it knew the container.
+    /// The cgroups that its restore was to make.
     pub cgroups: &'a [PathBuf],
 }
 

@@ -26,8 +26,9 @@ use thiserror::Error;
 /// CRIU's inventory, which it reads first.
 pub const INVENTORY: &str = "inventory.img";
 
-/// How long a runtime may take until CRIU reads its inventory. An emulated host takes seconds.
-const START_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a runtime may take until CRIU reads its inventory. An emulated host takes seconds; the source, whose container stands
+/// still, gives up after a minute, and should hear the reason before.
+const START_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Why a restore could not be driven.
 #[derive(Debug, Error)]

@@ -178,6 +178,20 @@ impl<'p> Serving<'p> {
         })
     }
 
+    /// Waits until the copy that was kept for its pages is gone: somebody has brought them.
+    fn wait_until_served(&self, pair: &Pair<'_>) -> Result<()> {
+        let deadline = Instant::now() + LIMIT;
+        while self.container.state(pair.a)?.is_some() {
+            ensure!(
+                Instant::now() < deadline,
+                "the frozen copy is still there\n{}",
+                pair.agents_said()
+            );
+            thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
+    }
+
     /// The move ends well and the container is whole at host b.
     fn ends_well(mut self, pair: &Pair<'_>) -> Result<String> {
         pair.link.limit_rate(FAST)?;
@@ -261,6 +275,8 @@ fn a_link_that_is_down_for_good(pages_left: u64) -> Result<()> {
     pair.link.limit_rate(FAST)?;
     let resumed = a.run("migrate", ["resume"])?;
     println!("{resumed}");
+    // The guard, which looks for the target for a while, may have been sooner.
+    serving.wait_until_served(&pair)?;
     pair.ensure_lives_only_on(&b, &serving.container)?;
     pair.ensure_nothing_left(&a, &before, &[OWN_BUNDLE])?;
     let nothing = a.run("migrate", ["resume"])?;
@@ -286,15 +302,7 @@ fn a_source_that_is_killed_while_it_serves_is_replaced_by_its_guard() -> Result<
     let serving = Serving::reach(&pair, MIDDLE, &[])?;
     serving.moving.kill()?;
     pair.link.limit_rate(FAST)?;
-    let deadline = Instant::now() + LIMIT;
-    while serving.container.state(&a)?.is_some() {
-        ensure!(
-            Instant::now() < deadline,
-            "the frozen copy is still there\n{}",
-            pair.agents_said()
-        );
-        thread::sleep(Duration::from_millis(100));
-    }
+    serving.wait_until_served(&pair)?;
     pair.ensure_lives_only_on(&b, &serving.container)?;
     pair.ensure_nothing_left(&a, &before, &[OWN_BUNDLE])
 }
