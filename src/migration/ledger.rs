@@ -26,7 +26,7 @@
 //! ([`SAMPLE_PARTS`]), and between them a look at what was dirtied. They cost little when the rest is then owed, next to
 //! nothing when it is sent, and a container that writes faster and faster is found out before much was sent in vain. Being
 //! short, the first ones also tell hot pages from those that a long round finds dirty whatever their heat. As soon as the link
-//! is known to send what is left within [`WORTH_SAMPLING`] there are no more of them: it is time that is saved, so a small
+//! is known to send what is left within a quarter of a second there are no more of them: it is time that is saved, so a small
 //! container is sampled over a slow link and not over a fast one.
 
 use std::collections::BTreeMap;
