@@ -135,19 +135,27 @@ fn a_moved_block_is_dirty_as_a_whole_at_its_new_place() {
 #[test]
 fn what_khugepaged_makes_of_frozen_memory_is_not_what_was_there_before() {
     with_each(|kind| {
-        let mut ways = vec!["renew"];
-        // A userfaultfd keeps khugepaged away from what it tracks.
+        let mut ways = vec![vec!["renew"]];
+        // A userfaultfd keeps khugepaged away from what it tracks. Wherever 2 MiB begin, some of their pages are not there, and one
+        // was written since the last scan: khugepaged leaves memory alone that is all write-protected.
         if kind == TrackerKind::SoftDirty {
-            ways.push("drop 8 1000");
+            ways.push(vec![
+                "drop 8 300",
+                "drop 520 300",
+                "poke 400 1",
+                "poke 860 1",
+            ]);
         }
-        for way in ways {
+        for commands in ways {
             let freezer = Freezer::new("collapse");
             let mut dirtier = Commanded::start(&freezer);
             let block = dirtier.address("fill 4 1");
             let mut mirror = Mirror::new(opened(kind));
             mirror.round(&freezer, Motion::Running);
             mirror.round(&freezer, Motion::Running);
-            dirtier.obey(way);
+            for command in commands {
+                dirtier.obey(command);
+            }
             freezer.freeze();
             mirror.round(&freezer, Motion::Frozen);
             let collapsed = Command::new(program(Name::Dirtier))
