@@ -178,13 +178,16 @@ impl<'p> Serving<'p> {
         })
     }
 
-    /// Waits until the copy that was kept for its pages is gone: somebody has brought them.
+    /// Waits until the copy that was kept for its pages is gone, for somebody has brought them, and the other one, which may
+    /// have been stopped for want of them, goes on.
     fn wait_until_served(&self, pair: &Pair<'_>) -> Result<()> {
         let deadline = Instant::now() + LIMIT;
-        while self.container.state(pair.a)?.is_some() {
+        while self.container.state(pair.a)?.is_some() || !self.container.is_running(pair.b)? {
             ensure!(
                 Instant::now() < deadline,
-                "the frozen copy is still there\n{}",
+                "host a has {:?}, host b {:?}\n{}",
+                self.container.state(pair.a)?,
+                self.container.state(pair.b)?,
                 pair.agents_said()
             );
             thread::sleep(Duration::from_millis(100));
