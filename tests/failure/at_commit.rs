@@ -7,6 +7,9 @@ use rig::{Host, Workload};
 use std::thread::sleep;
 use std::time::Duration;
 
+/// After so long without a link a connection is lost at both ends, if either is in [`HASTE`]: the shorter patience counts.
+const LOST: Duration = Duration::from_secs(10);
+
 #[test]
 fn a_source_killed_after_it_decided_and_before_it_said_so_gets_its_container_back() -> Result<()> {
     let (a, b) = (Host::new("a")?, Host::new("b")?);
@@ -87,14 +90,19 @@ fn an_agent_killed_before_it_answers_still_says_committed() -> Result<()> {
 
 #[test]
 fn a_reply_lost_with_the_link_is_asked_for_again() -> Result<()> {
+    moved_though_the_reply_was_lost(&[])
+}
+
+/// The link is cut while the target's answer to the commit is on its way, and comes back when the connection is lost.
+pub fn moved_though_the_reply_was_lost(options: &[&str]) -> Result<()> {
     let (a, b) = (Host::new("a")?, Host::new("b")?);
     let stage = Stage::new(&a, &b)?;
     let mut agent = stage.agent(&[HASTE, "MIGRATE_FAULT=target:AnswerCommitted:stop"])?;
-    let mut moving = stage.start_move("web", &[])?;
+    let mut moving = stage.start_move_with(options, &[])?;
     wait_stopped(&mut agent)?;
     stage.link.down()?;
     agent.signal(Signal::SIGCONT)?;
-    sleep(Duration::from_secs(5));
+    sleep(LOST);
     ensure!(
         !stage.container.is_running(&a)?,
         "two containers: it runs at the source before the target's word is known"
@@ -113,8 +121,8 @@ fn a_commit_lost_with_the_link_is_taken_back_by_both() -> Result<()> {
     wait_stopped(&mut moving)?;
     stage.link.down()?;
     moving.signal(Signal::SIGCONT)?;
-    // Until the connection is lost at both ends: over one that lives a late commit would be a commit.
-    sleep(Duration::from_secs(10));
+    // Over a connection that lives a late commit would be a commit.
+    sleep(LOST);
     ensure!(
         !stage.container.is_running(&a)?,
         "it went on without asking"

@@ -1,12 +1,10 @@
 //! The same failures when the container goes first and its memory follows: until the target may run it all is taken back, and
 //! afterwards the pages come all the same.
 
-use crate::stage::{HASTE, LIMIT, Stage, wait_stopped};
-use anyhow::{Result, ensure};
-use nix::sys::signal::Signal;
+use crate::at_commit::moved_though_the_reply_was_lost;
+use crate::stage::{HASTE, LIMIT, Stage};
+use anyhow::Result;
 use rig::Host;
-use std::thread::sleep;
-use std::time::Duration;
 
 const POST_COPY: [&str; 1] = ["--mode=post-copy"];
 
@@ -114,19 +112,5 @@ fn a_source_killed_when_the_copy_is_whole_never_runs_its_own_again() -> Result<(
 
 #[test]
 fn a_reply_lost_with_the_link_is_asked_for_again_and_the_pages_follow() -> Result<()> {
-    let (a, b) = (Host::new("a")?, Host::new("b")?);
-    let stage = Stage::new(&a, &b)?;
-    let mut agent = stage.agent(&[HASTE, "MIGRATE_FAULT=target:AnswerCommitted:stop"])?;
-    let mut moving = stage.start_move_with(&POST_COPY, &[])?;
-    wait_stopped(&mut agent)?;
-    stage.link.down()?;
-    agent.signal(Signal::SIGCONT)?;
-    sleep(Duration::from_secs(5));
-    ensure!(
-        !stage.container.is_running(&a)?,
-        "two containers: it runs at the source before the target's word is known"
-    );
-    stage.link.up()?;
-    stage.expect_exit(&mut moving, 0)?;
-    stage.expect_moved()
+    moved_though_the_reply_was_lost(&POST_COPY)
 }
