@@ -11,6 +11,7 @@ use crate::criu::kernel_cache::{KernelCache, KernelCacheError};
 use crate::journal::{JournalDir, JournalError};
 use crate::migration::MigrationId;
 use crate::migration::event::Side;
+use crate::runtime::lock::{ContainerLock, Holder, LockError};
 use crate::runtime::runc::Runc;
 use crate::source::settle as source;
 use crate::target::arrival::{Arrival, Host, Resumption, Signal};
@@ -233,7 +234,7 @@ fn settle_what_a_crash_left(
         if name.side == Side::Source {
             let state_dir = state_dir.to_path_buf();
             thread::spawn(move || {
-                match source::settle(&state_dir, name.migration, SOURCE_PATIENCE) {
+                match source::settle(&state_dir, name.migration, SOURCE_PATIENCE, None) {
                     Ok(settled) => {
                         tracing::debug!(migration = %name.migration, ?settled, "settled")
                     }
@@ -244,7 +245,7 @@ fn settle_what_a_crash_left(
             });
             continue;
         }
-        match settle::settle(state_dir, name.migration) {
+        match settle::settle(state_dir, name.migration, None) {
             Ok(None) => {}
             Ok(Some(settle::Settled::Owing)) => owing.push(name.migration),
             Ok(Some(fate)) => tracing::debug!(migration = %name.migration, ?fate, "settled"),
@@ -281,7 +282,6 @@ async fn listen(mut receiver: ControlReceiver, signal: Sender<Signal>, link: u32
 }
 
 struct UnderWay {
-    container: String,
     peer: String,
     signal: Sender<Signal>,
 }
@@ -299,7 +299,6 @@ impl Agent {
         };
         let (signal, signals) = mpsc::channel();
         let under_way = UnderWay {
-            container: orphan.opened.container.as_str().to_string(),
             peer: orphan.opened.peer_fingerprint.clone(),
             signal: signal.clone(),
         };
@@ -359,24 +358,21 @@ impl Agent {
         runtime: &Handle,
     ) {
         let (signal, signals) = mpsc::channel();
-        let refusals = self.admit(&begin, connection, &signal);
-        let answer: Message = if refusals.is_empty() {
-            Accepted {
-                lazy: self.host.lazy,
+        let (lock, answer): (_, Message) = match self.admit(&begin, connection, &signal) {
+            Ok(lock) => {
+                let lazy = self.host.lazy;
+                (lock.filter(|_| !begin.dry_run), Accepted { lazy }.into())
             }
-            .into()
-        } else {
-            Refused { refusals }.into()
+            Err(refusals) => (None, Refused { refusals }.into()),
         };
-        let accepted = matches!(answer, Message::Accepted(_)) && !begin.dry_run;
+        let accepted = lock.is_some();
         tracing::info!(container = %begin.container, from = %connection.peer().name, accepted, dry_run = begin.dry_run, "a container asks to come");
-        if !accepted {
-            self.arrivals().remove(&begin.migration);
+        let Some(lock) = lock else {
             if let Err(error) = runtime.block_on(sender.send(answer)) {
                 tracing::debug!(%error, "the source does not hear");
             }
             return;
-        }
+        };
         // Accepted is only said when there is room: directories, journal and store.
         let arrival = Arrival::begin(
             &self.host,
@@ -387,6 +383,7 @@ impl Agent {
             signal.clone(),
             signals,
             &self.journals,
+            lock,
         );
         match arrival {
             Ok(mut arrival) => {
@@ -399,7 +396,7 @@ impl Agent {
                 tracing::error!(container = %begin.container, %reason, "cannot receive");
                 connection.close(PeerError::Internal);
                 // What little was made is taken away as after a crash.
-                if let Err(error) = settle::settle(&self.host.state_dir, begin.migration) {
+                if let Err(error) = settle::settle(&self.host.state_dir, begin.migration, None) {
                     tracing::error!(%error, "not settled");
                 }
             }
@@ -407,21 +404,20 @@ impl Agent {
         self.arrivals().remove(&begin.migration);
     }
 
-    /// Why the container cannot come; if it can, its arrival is entered in the same moment.
+    /// Why the container cannot come; if it can, it is locked, and its arrival is entered in the same moment. A dry run locks
+    /// nothing.
     fn admit(
         &self,
         begin: &Begin,
         connection: &Connection,
         signal: &Sender<Signal>,
-    ) -> Vec<Refusal> {
-        let refuse = |code: PeerError| {
-            vec![Refusal {
-                code,
-                text: "".into(),
-            }]
+    ) -> Result<Option<ContainerLock>, Vec<Refusal>> {
+        let refuse = |code: PeerError, text: &str| {
+            let text = text.into();
+            vec![Refusal { code, text }]
         };
         if self.draining.load(Ordering::Relaxed) {
-            return refuse(PeerError::Draining);
+            return Err(refuse(PeerError::Draining, ""));
         }
         let refusals = preflight::refusals(
             begin,
@@ -430,23 +426,40 @@ impl Agent {
             &self.host.state_dir,
         );
         if !refusals.is_empty() {
-            return refusals;
+            return Err(refusals);
+        }
+        let (root, id) = (self.host.runc.root(), begin.container.as_str());
+        if begin.dry_run {
+            return match ContainerLock::look(root, id) {
+                Some(holder) => Err(refuse(PeerError::Busy, &holder.to_string())),
+                None => Ok(None),
+            };
         }
         let mut arrivals = self.arrivals();
-        let taken = arrivals.contains_key(&begin.migration)
-            || arrivals
-                .values()
-                .any(|other| other.container == begin.container.as_str());
-        if taken {
-            return refuse(PeerError::Busy);
+        if arrivals.contains_key(&begin.migration) {
+            return Err(refuse(PeerError::Busy, ""));
+        }
+        let mut lock = ContainerLock::take_now(root, id).map_err(|error| match error {
+            LockError::Held { holder, .. } => refuse(PeerError::Busy, &holder.to_string()),
+            error => refuse(PeerError::Internal, &error.to_string()),
+        })?;
+        let peer = connection.peer();
+        // Whatever an earlier migration left unsettled, the runtime knows no such container: nothing of it is here any more.
+        let holder = Holder::new(
+            begin.migration,
+            Side::Target,
+            peer.name.to_string(),
+            &self.host.state_dir,
+        );
+        if let Err(error) = lock.claim(holder) {
+            return Err(refuse(PeerError::Internal, &error.to_string()));
         }
         let under_way = UnderWay {
-            container: begin.container.as_str().to_string(),
-            peer: connection.peer().fingerprint.to_string(),
+            peer: peer.fingerprint.to_string(),
             signal: signal.clone(),
         };
         arrivals.insert(begin.migration, under_way);
-        Vec::new()
+        Ok(Some(lock))
     }
 
     /// Tells a source how its migration ended.

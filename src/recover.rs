@@ -31,8 +31,8 @@ pub enum End {
     Moved,
     /// It goes on at the source.
     RolledBack,
-    /// A process of the engine is still at it.
-    Running,
+    /// A process of the engine is still at it: which, as far as it is known.
+    Running(Option<String>),
     /// The target has not said; the container stays frozen at the source.
     Unknown(String),
     /// The container lives at the target and lacks pages that are kept at the source.
@@ -75,7 +75,7 @@ pub fn resume(state_dir: &Path) -> Result<Vec<Finding>, JournalError> {
         let end = loop {
             match source_end(state_dir, name.migration) {
                 // The guard tries now and then, and lets go in between.
-                Some(End::Running) if Instant::now() < deadline => {
+                Some(End::Running(_)) if Instant::now() < deadline => {
                     thread::sleep(Duration::from_millis(20));
                 }
                 end => break end,
@@ -91,8 +91,9 @@ pub fn resume(state_dir: &Path) -> Result<Vec<Finding>, JournalError> {
 }
 
 fn source_end(state_dir: &Path, migration: MigrationId) -> Option<End> {
-    Some(match source::settle(state_dir, migration, PATIENCE) {
-        Ok(None) => End::Running,
+    Some(match source::settle(state_dir, migration, PATIENCE, None) {
+        Ok(None) => End::Running(None),
+        Ok(Some(Settled::Held { by })) => End::Running(Some(by)),
         Ok(Some(Settled::Already)) => return None,
         Ok(Some(Settled::Committed)) => End::Moved,
         Ok(Some(Settled::RolledBack)) => End::RolledBack,
@@ -103,8 +104,9 @@ fn source_end(state_dir: &Path, migration: MigrationId) -> Option<End> {
 }
 
 fn target_end(state_dir: &Path, migration: MigrationId) -> Option<End> {
-    Some(match target::settle(state_dir, migration) {
-        Ok(None) => End::Running,
+    Some(match target::settle(state_dir, migration, None) {
+        Ok(None) => End::Running(None),
+        Ok(Some(target::Settled::Held(by))) => End::Running(Some(by)),
         Ok(Some(target::Settled::Already)) => return None,
         Ok(Some(target::Settled::Owing)) => {
             End::Incomplete("start the agent here, and it takes them in".into())

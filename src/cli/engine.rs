@@ -191,7 +191,8 @@ fn tell(findings: Vec<Finding>, out: &mut impl Write) -> anyhow::Result<ExitCode
         let (exit, end) = match finding.end {
             End::Moved => done("the container lives at the target"),
             End::RolledBack => done("rolled back, the container lives at the source"),
-            End::Running => done("still running, left alone"),
+            End::Running(None) => done("still running, left alone"),
+            End::Running(Some(who)) => done(&format!("still running, left alone: {who}")),
             End::Incomplete(reason) => (
                 Exit::Incomplete,
                 format!(

@@ -68,8 +68,15 @@ pub struct SourceOpened {
     pub bundle: PathBuf,
     /// The container's first process: a container of the same name with another one is not this one.
     pub init: ProcessName,
+    /// When its runtime made it, as the runtime's own record says.
+    pub created: String,
     /// The cgroup that freezes it.
     pub freezer: Freezer,
+    /// Which directory that is: another one of this path is another container's.
+    pub cgroup: Inode,
+    /// The migration it came here by, if it lives in the directory that was made for it then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub came_by: Option<MigrationId>,
     /// Where the target listens.
     pub peer: PeerAddress,
     /// The target's certificate, SHA-256 in hex, and the name the trust store has for it.
@@ -112,6 +119,16 @@ pub struct ProcessName {
     pub pid: i32,
     /// Start time in clock ticks since boot (field 22 of `/proc/PID/stat`).
     pub start_time: u64,
+}
+
+/// One file or directory as long as it exists: a path alone is used again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Inode {
+    /// The device it is on.
+    pub device: u64,
+    /// Its number there.
+    pub number: u64,
 }
 
 /// What a source needs to send owed pages after a crash.
@@ -185,10 +202,20 @@ pub enum Leftover {
         /// The path.
         path: PathBuf,
     },
-    /// A cgroup.
+    /// A cgroup that is about to be made.
     Cgroup {
         /// Its directory.
         path: PathBuf,
+    },
+    /// Cgroups that were made: which directories they are.
+    MadeCgroups {
+        /// Each of them.
+        cgroups: Vec<MadeCgroup>,
+    },
+    /// The directory in which the runtime keeps its record of the copy, once it is there.
+    RuntimeRecord {
+        /// Which directory that is.
+        inode: Inode,
     },
     /// A CPU quota that is lowered: it has to have its original value again, unless somebody else has set another.
     CpuQuota {
@@ -206,6 +233,17 @@ pub enum Leftover {
         /// Which process.
         process: ProcessName,
     },
+}
+
+/// A cgroup that was made for a container: nobody else's, whoever comes to have its path later.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MadeCgroup {
+    /// Its directory.
+    pub path: PathBuf,
+    /// Which directory that is; `None` if nobody lived to take it down.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inode: Option<Inode>,
 }
 
 /// What recovery knows after reading a journal.
@@ -415,9 +453,15 @@ pub(crate) mod examples {
                 pid: 4242,
                 start_time: 99,
             },
+            created: "2026-01-01T00:00:00Z".into(),
             freezer: Freezer::V1 {
                 path: "/sys/fs/cgroup/freezer/web".into(),
             },
+            cgroup: Inode {
+                device: 30,
+                number: 17,
+            },
+            came_by: None,
             peer: "10.0.0.2:7070".parse().expect("an address"),
             peer_fingerprint: "ab".repeat(32),
             peer_name: "host-b".into(),

@@ -1,7 +1,9 @@
 //! Stopping every task of a container at once, by its cgroup.
 
-use std::fs;
+use crate::migration::journal::Inode;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -41,6 +43,14 @@ pub enum FreezeError {
     },
 }
 
+/// The freezer of one cgroup and no other: held by its directory, whatever comes to have its path.
+#[derive(Debug)]
+pub struct Pinned {
+    /// The freezer, by way of the descriptor.
+    pub freezer: Freezer,
+    _directory: File,
+}
+
 /// A container is frozen while this lives: dropping it thaws, unless it was given away.
 #[derive(Debug)]
 pub struct Frozen {
@@ -62,6 +72,28 @@ impl Freezer {
             Freezer::V1(_) => 1,
             Freezer::V2(_) => 2,
         }
+    }
+
+    /// The freezer of the cgroup `inode`, if that still has this path.
+    pub fn pinned(&self, inode: Inode) -> io::Result<Option<Pinned>> {
+        let directory = match File::open(self.path()) {
+            Ok(directory) => directory,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        // Whatever is done by way of the descriptor fails when this cgroup is removed, and reaches none that follows it.
+        let place = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
+        if Inode::from(&directory.metadata()?) != inode {
+            return Ok(None);
+        }
+        let freezer = match self {
+            Freezer::V1(_) => Freezer::V1(place),
+            Freezer::V2(_) => Freezer::V2(place),
+        };
+        Ok(Some(Pinned {
+            freezer,
+            _directory: directory,
+        }))
     }
 
     /// Stops every task and waits until all have stopped.
@@ -107,7 +139,7 @@ impl Freezer {
             Freezer::V2(path) => (path.join("cgroup.freeze"), "0"),
         };
         match fs::write(&file, word) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(FreezeError::File {
+            Err(source) if !is_gone(&source) => Err(FreezeError::File {
                 doing: "thaw",
                 path: file,
                 source,
@@ -130,6 +162,11 @@ impl Freezer {
     }
 }
 
+/// Whether this is what the files of a removed cgroup answer.
+pub fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
+}
+
 impl Frozen {
     /// Leaves the container frozen for someone else to thaw.
     pub fn give_away(mut self) {
@@ -144,5 +181,31 @@ impl Drop for Frozen {
         {
             tracing::error!(%error, "the container stays frozen");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::instance::inode_of;
+
+    #[test]
+    fn another_directory_of_the_same_path_is_not_the_one_on_record() {
+        let place = tempfile::tempdir().expect("a directory");
+        let path = place.path().join("web");
+        let freezer = Freezer::V1(path.clone());
+        fs::create_dir(&path).expect("made");
+        let first = inode_of(&path).expect("looked").expect("there");
+        fs::write(path.join("freezer.state"), "FROZEN").expect("written");
+        let pinned = freezer.pinned(first).expect("opened").expect("it is");
+        fs::rename(&path, place.path().join("moved")).expect("renamed");
+        fs::create_dir(&path).expect("made again");
+        assert!(freezer.pinned(first).expect("opened").is_none());
+        pinned.freezer.thaw().expect("thawed");
+        assert!(!path.join("freezer.state").exists());
+        let thawed = fs::read_to_string(place.path().join("moved/freezer.state"));
+        assert_eq!(thawed.expect("read"), "THAWED");
+        fs::remove_dir(&path).expect("removed");
+        assert!(freezer.pinned(first).expect("looked").is_none());
     }
 }

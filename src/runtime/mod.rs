@@ -4,8 +4,11 @@ pub mod cgroup;
 pub mod cpu_quota;
 mod freezer;
 pub mod home;
+pub mod instance;
+pub mod lock;
 pub mod runc;
 mod task;
 
-pub use freezer::{FreezeError, Freezer, Frozen};
-pub use task::{Task, tasks_of_cgroup};
+pub use freezer::{FreezeError, Freezer, Frozen, Pinned, is_gone};
+pub use instance::Instance;
+pub use task::{Task, pids_of_cgroup, tasks_of_cgroup};

@@ -3,7 +3,10 @@
 //! Facts about a container come from `ROOT/ID/state.json` (libcontainer's `State`), its status from `runc state`.
 
 use super::cpu_quota::CpuCgroup;
-use super::{Freezer, Task, task};
+use super::instance::{Instance, inode_of};
+use super::{Freezer, Task, home, task};
+use crate::migration::MigrationId;
+use crate::migration::journal::ProcessName;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,6 +17,9 @@ use thiserror::Error;
 
 /// Where runc keeps the state of root's containers.
 pub const DEFAULT_ROOT: &str = "/run/runc";
+
+/// The annotation that says by which migration a container came to its host.
+pub const MARK: &str = "org.migrate.arrival";
 
 /// runc's log in a work directory.
 const LOG: &str = "runc.log";
@@ -41,6 +47,8 @@ pub struct Container {
     pub freezer: Freezer,
     /// Its directory in every cgroup hierarchy, by controller (one entry, "", under cgroup v2).
     pub cgroups: BTreeMap<String, PathBuf>,
+    /// What tells it from any other of its name.
+    pub instance: Instance,
     /// What its standard streams were when it started: `pipe:[INODE]`, or a path.
     pub stdio: Vec<String>,
     /// The bundle's `config.json`.
@@ -121,21 +129,48 @@ impl Runc {
         self.root.join(id).exists()
     }
 
+    /// runc's own directory for `id`.
+    pub fn directory(&self, id: &str) -> PathBuf {
+        self.root.join(id)
+    }
+
+    /// Whether the container that now has the name `id` is this one.
+    pub fn is(&self, id: &str, instance: &Instance) -> Result<bool, RuncError> {
+        let now = self.state_file(id)?;
+        Ok(now.is_some_and(|now| now.init() == instance.init && now.created == instance.created))
+    }
+
+    /// What runc has on record of `id`; `None` if it has no record.
+    pub fn record(&self, id: &str) -> Result<Option<RuntimeRecord>, RuncError> {
+        let state = self.state_file(id)?;
+        Ok(state.map(|state| RuntimeRecord {
+            init: state.init(),
+            came_by: state.config.label(MARK).and_then(|id| id.parse().ok()),
+            bundle: state.config.label("bundle").map(PathBuf::from),
+            cgroups: state.cgroup_paths.into_values().collect(),
+        }))
+    }
+
+    fn state_file(&self, id: &str) -> Result<Option<StateFile>, RuncError> {
+        let path = self.directory(id).join("state.json");
+        match fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text)
+                .map(Some)
+                .map_err(|error| bad_state(&path, &error)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(bad_state(&path, &error)),
+        }
+    }
+
     /// The container `id`.
     pub fn container(&self, id: &str) -> Result<Container, RuncError> {
-        let state_file = self.root.join(id).join("state.json");
-        let text = match fs::read_to_string(&state_file) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(RuncError::NoSuchContainer {
-                    id: id.to_string(),
-                    root: self.root.clone(),
-                });
-            }
-            Err(error) => return Err(bad_state(&state_file, &error)),
+        let state_file = self.directory(id).join("state.json");
+        let Some(state) = self.state_file(id)? else {
+            return Err(RuncError::NoSuchContainer {
+                id: id.to_string(),
+                root: self.root.clone(),
+            });
         };
-        let state: StateFile =
-            serde_json::from_str(&text).map_err(|error| bad_state(&state_file, &error))?;
         let reported = self.state(id)?;
         let spec_file = reported.bundle.join("config.json");
         let spec = fs::read(&spec_file)
@@ -160,6 +195,13 @@ impl Runc {
             bundle: reported.bundle,
             rootfs: reported.rootfs,
             init_pid: state.init_process_pid,
+            instance: Instance {
+                cgroup: inode_of(freezer.path())
+                    .map_err(|error| bad_state(freezer.path(), &error))?
+                    .unwrap_or_default(),
+                init: state.init(),
+                created: state.created,
+            },
             freezer,
             cgroups: state.cgroup_paths,
             stdio: state.external_descriptors,
@@ -206,26 +248,13 @@ impl Runc {
         last_message(&fs::read_to_string(work.join(LOG)).unwrap_or_default())
     }
 
-    /// Removes what runc keeps of `id`, killing what is left of it. Nothing to remove is no error.
-    pub fn delete(&self, id: &str) -> Result<(), RuncError> {
+    /// Removes what runc keeps of `id`, whose processes are dead. runc refuses this for one that lives, so that a container
+    /// which has come to have the name in this moment is safe. Nothing to remove is no error.
+    pub fn delete_dead(&self, id: &str) -> Result<(), RuncError> {
         if !self.knows(id) {
             return Ok(());
         }
-        self.run("delete", &["delete", "--force", id]).map(drop)
-    }
-
-    /// [`Runc::delete`], and if a restore died so early that runc does not know its own directory, that directory.
-    pub fn forget(&self, id: &str) -> Result<(), RuncError> {
-        let directory = self.root.join(id);
-        if directory.join("state.json").exists() {
-            self.delete(id)?;
-        }
-        match fs::remove_dir_all(&directory) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(bad_state(&directory, &error))
-            }
-            _ => Ok(()),
-        }
+        self.run("delete", &["delete", id]).map(drop)
     }
 
     /// Removes the mark of a checkpoint that was called off: runc sets it when the images are complete, whatever follows.
@@ -293,6 +322,14 @@ impl Container {
         }
     }
 
+    /// The migration by which it came here, if it lives in the directory that the engine made for it then: its configuration
+    /// and the directory say the same.
+    pub fn came_by(&self, state_dir: &Path) -> Option<MigrationId> {
+        let mark = self.spec.get("annotations")?.get(MARK)?.as_str()?;
+        let marked = home::came_by(state_dir, &self.id, &self.bundle)?;
+        (mark.parse() == Ok(marked)).then_some(marked)
+    }
+
     /// The CRIU options file its `org.criu.config` annotation names.
     pub fn annotated_criu_config(&self) -> Option<&Path> {
         let path = self
@@ -329,12 +366,51 @@ fn bad_state(path: &Path, why: &dyn std::fmt::Display) -> RuncError {
     }
 }
 
+/// What runc's own record says of a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RuntimeRecord {
+    /// Its first process.
+    pub init: ProcessName,
+    /// The migration it came by, as its annotation [`MARK`] says.
+    pub came_by: Option<MigrationId>,
+    /// The bundle directory.
+    pub bundle: Option<PathBuf>,
+    /// Its directories in the cgroup hierarchies.
+    pub cgroups: Vec<PathBuf>,
+}
+
 #[derive(Deserialize)]
 struct StateFile {
     init_process_pid: i32,
+    init_process_start: u64,
+    created: String,
+    config: ConfigInState,
     cgroup_paths: BTreeMap<String, PathBuf>,
     #[serde(default)]
     external_descriptors: Vec<String>,
+}
+
+impl StateFile {
+    fn init(&self) -> ProcessName {
+        ProcessName {
+            pid: self.init_process_pid,
+            start_time: self.init_process_start,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct ConfigInState {
+    /// Annotations and the bundle, each as `name=value`.
+    #[serde(default)]
+    labels: Option<Vec<String>>,
+}
+
+impl ConfigInState {
+    fn label(&self, name: &str) -> Option<&str> {
+        let mut labels = self.labels.iter().flatten();
+        labels.find_map(|label| label.strip_prefix(name)?.strip_prefix('='))
+    }
 }
 
 #[derive(Deserialize)]
@@ -357,6 +433,42 @@ mod tests {
             "container does not exist"
         );
         assert_eq!(last_message(""), "no message");
+    }
+
+    #[test]
+    fn a_container_of_the_same_name_that_was_made_later_is_another() {
+        let root = tempfile::tempdir().unwrap();
+        let runc = Runc::new(root.path());
+        let write = |pid: i32, start: u64, created: &str, labels: &str| {
+            let state = format!(
+                r#"{{"init_process_pid":{pid},"init_process_start":{start},"created":"{created}",
+                "config":{{"labels":{labels}}},"cgroup_paths":{{"":"/sys/fs/cgroup/web"}}}}"#
+            );
+            fs::create_dir_all(runc.directory("web")).unwrap();
+            fs::write(runc.directory("web").join("state.json"), state).unwrap();
+        };
+        let instance = Instance {
+            init: ProcessName {
+                pid: 7,
+                start_time: 99,
+            },
+            created: "then".into(),
+            cgroup: Default::default(),
+        };
+        assert!(!runc.is("web", &instance).unwrap());
+        assert_eq!(runc.record("web").unwrap(), None);
+        write(7, 99, "then", "null");
+        assert!(runc.is("web", &instance).unwrap());
+        assert_eq!(runc.record("web").unwrap().unwrap().came_by, None);
+        // The pid used again, and a restart with the very same pid and tick.
+        for (start, created) in [(100, "then"), (99, "now")] {
+            let id = "07".repeat(16);
+            write(7, start, created, &format!(r#"["{MARK}={id}","bundle=/b"]"#));
+            assert!(!runc.is("web", &instance).unwrap());
+            let record = runc.record("web").unwrap().unwrap();
+            assert_eq!(record.came_by.unwrap().to_string(), id);
+            assert_eq!(record.bundle.as_deref(), Some(Path::new("/b")));
+        }
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The processes of a container as the host sees them.
 
+use crate::kernel::pidfd::{Pidfd, PidfdError};
 use crate::kernel::ptrace::living_thread;
+use nix::sys::signal::Signal;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
@@ -65,6 +67,19 @@ impl Task {
         }))
     }
 
+    /// Sends SIGKILL to this very process, never to a later one with its pid. One that is gone is no error.
+    pub fn kill(&self) -> Result<(), PidfdError> {
+        match Pidfd::open(self.pid) {
+            // The descriptor is of this process if the pid was still its own after it was opened.
+            Ok(process) if self.exists() => match process.send_signal(Signal::SIGKILL) {
+                Err(PidfdError::Exited { .. }) => Ok(()),
+                sent => sent,
+            },
+            Ok(_) | Err(PidfdError::Exited { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Whether this very process, not a later one with its pid, still exists.
     pub fn exists(&self) -> bool {
         matches!(Task::read(self.pid), Ok(Some(now)) if now.start_time == self.start_time)
@@ -76,13 +91,19 @@ impl Task {
 /// Processes that exit meanwhile are left out; ones that are born meanwhile may be missed, so the list is final only
 /// while the container is frozen.
 pub fn tasks_of_cgroup(cgroup: &Path) -> io::Result<Vec<Task>> {
-    let mut pids = BTreeSet::new();
-    collect_pids(cgroup, &mut pids)?;
+    let pids = pids_of_cgroup(cgroup)?;
     let mut tasks = Vec::with_capacity(pids.len());
     for pid in pids {
         tasks.extend(Task::read(pid)?);
     }
     Ok(tasks)
+}
+
+/// The pids of [`tasks_of_cgroup`], of which nothing else is looked at.
+pub fn pids_of_cgroup(cgroup: &Path) -> io::Result<BTreeSet<i32>> {
+    let mut pids = BTreeSet::new();
+    collect_pids(cgroup, &mut pids)?;
+    Ok(pids)
 }
 
 fn collect_pids(cgroup: &Path, pids: &mut BTreeSet<i32>) -> io::Result<()> {
@@ -124,17 +145,23 @@ fn read(path: &Path) -> io::Result<Option<String>> {
 mod tests {
     use super::*;
 
+    fn me_again() -> Task {
+        Task::read(std::process::id().cast_signed())
+            .unwrap()
+            .unwrap()
+    }
+
     #[test]
     fn a_process_is_named_by_its_pid_and_start_time() {
-        let me = Task::read(std::process::id().cast_signed())
-            .unwrap()
-            .unwrap();
+        let me = me_again();
         assert!(me.exists() && !me.zombie);
         let impostor = Task {
             start_time: me.start_time + 1,
             ..me
         };
         assert!(!impostor.exists());
+        impostor.kill().expect("nobody is killed");
+        assert!(me_again().exists());
         assert_eq!(Task::read(i32::MAX).unwrap(), None);
     }
 }

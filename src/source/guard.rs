@@ -6,7 +6,9 @@
 
 use super::settle::{self, Settled};
 use crate::migration::MigrationId;
+use crate::runtime::lock::ContainerLock;
 use std::io::{self, Read};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -37,7 +39,10 @@ impl Guard {
         program: &Path,
         state_dir: &Path,
         migration: MigrationId,
+        lock: Option<&ContainerLock>,
     ) -> Result<Guard, GuardError> {
+        let lock = lock.map(ContainerLock::share).transpose();
+        let lock = lock.map_err(GuardError)?;
         let child = Command::new(program)
             .arg("guard")
             .arg(state_dir)
@@ -45,7 +50,8 @@ impl Guard {
             // Not in our process group: what the terminal kills us with must not kill it.
             .process_group(0)
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
+            // It holds the container's lock as long as it lives, so that nobody else has it when we die.
+            .stdout(lock.map_or_else(Stdio::null, Stdio::from))
             .spawn()
             .map_err(GuardError)?;
         Ok(Guard { child: Some(child) })
@@ -67,8 +73,9 @@ pub fn watch(state_dir: &Path, migration: MigrationId) {
     // Nothing is ever written: the end of the pipe is the end of its writer.
     let _ = io::stdin().read(&mut [0]);
     let mut lost: Option<Instant> = None;
+    let mut lock = inherited_lock(state_dir, migration);
     loop {
-        match settle::settle(state_dir, migration, ATTEMPT) {
+        match settle::settle(state_dir, migration, ATTEMPT, lock.as_mut()) {
             Ok(Some(Settled::Unknown { reason })) => {
                 tracing::warn!(%reason, "the outcome is still unknown, asking on")
             }
@@ -83,11 +90,15 @@ pub fn watch(state_dir: &Path, migration: MigrationId) {
                     tracing::error!(%reason, "pages of a container that moved are still here; go on with: migrate resume");
                     return;
                 }
-                // `migrate resume` may want the journal.
-                thread::sleep(settle::PAUSE);
+                // `migrate resume` may want the container.
+                match &lock {
+                    Some(lock) => lock.lend(settle::PAUSE),
+                    None => thread::sleep(settle::PAUSE),
+                }
             }
             // The lock of a process that was just killed may outlive its end of our pipe for a moment: the kernel drops
             // both in no particular order. `migrate recover` may have it too, and leave the question open.
+            Ok(Some(Settled::Held { .. })) => thread::sleep(settle::PAUSE),
             Ok(None) if settle::is_known(state_dir, migration) => thread::sleep(LOCK_PAUSE),
             Ok(_) => return,
             Err(error) => {
@@ -96,4 +107,16 @@ pub fn watch(state_dir: &Path, migration: MigrationId) {
             }
         }
     }
+}
+
+/// The lock of the container, which came as standard output.
+fn inherited_lock(state_dir: &Path, migration: MigrationId) -> Option<ContainerLock> {
+    let (root, container) = settle::container_of(state_dir, migration)?;
+    let lock = io::stdout()
+        .as_fd()
+        .try_clone_to_owned()
+        .and_then(|descriptor| ContainerLock::inherited(descriptor, &root, container.as_str()));
+    // Without it the guard asks for it like anyone else.
+    lock.inspect_err(|error| tracing::warn!(%error, "the guard has not got the container's lock"))
+        .ok()
 }

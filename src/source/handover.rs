@@ -127,6 +127,8 @@ pub struct Handover<'a, S> {
     pub slowing: Option<Slowing>,
     /// What share of its CPU time the container was left at the slowest, in per cent; `None` if it was not slowed.
     pub slowed: Option<u32>,
+    /// The target's certificate: nobody else's word about the outcome counts.
+    peer: String,
     cancel_heard: bool,
     dump_at_gate: bool,
     rounds_received: u32,
@@ -215,6 +217,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             runc,
             container,
             journal,
+            peer: link.peer().fingerprint.to_string(),
             link: Some(link),
             signals,
             sender: Some(sender),
@@ -659,6 +662,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
         let question = settle::Question {
             state_dir: &self.plan.state_dir,
             target: &self.plan.target,
+            peer: &self.peer,
             migration: self.migration,
             target_journal,
         };

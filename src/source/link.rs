@@ -43,6 +43,18 @@ pub enum LinkError {
     /// The transport's thread could not be started.
     #[error("cannot start the transport's thread: {0}")]
     Thread(#[source] io::Error),
+    /// Whoever has the target's address now is not the target.
+    #[error(
+        "{address} is answered by {name} ({fingerprint}), which is not the host that the container went to: its word does not count"
+    )]
+    Another {
+        /// The address.
+        address: PeerAddress,
+        /// What the trust store calls who is there.
+        name: String,
+        /// Its certificate.
+        fingerprint: String,
+    },
     /// A file to send cannot be read.
     #[error("cannot send {path}: {source}")]
     File {
@@ -95,6 +107,22 @@ impl Link {
             connection,
             thread,
         })
+    }
+
+    /// The same link, if it leads to the host with this certificate: another one that has the address now, however trusted, knows
+    /// nothing of the migration and must not be believed.
+    pub fn only_to(self, fingerprint: &str, address: &PeerAddress) -> Result<Link, LinkError> {
+        let peer = self.peer();
+        if peer.fingerprint.to_string() == fingerprint {
+            return Ok(self);
+        }
+        let another = LinkError::Another {
+            address: address.clone(),
+            name: peer.name.to_string(),
+            fingerprint: peer.fingerprint.to_string(),
+        };
+        self.close(PeerError::Done);
+        Err(another)
     }
 
     /// Who the target is.

@@ -1,13 +1,13 @@
 //! Ending a migration at the source, either way: what a running migration does and what recovery does after a crash.
 
 use crate::kernel::tcp_repair;
-use crate::runtime::home::{HomeError, remove_home};
+use crate::migration::MigrationId;
+use crate::runtime::home::{Home, HomeError};
 use crate::runtime::runc::Runc;
-use crate::runtime::{Freezer, Task, tasks_of_cgroup};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use std::fs;
+use crate::runtime::{Freezer, Instance, Pinned, Task, cgroup, is_gone, tasks_of_cgroup};
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -56,29 +56,41 @@ pub enum RemainsError {
     NetworkLock(String),
 }
 
-/// Lets a container go on that CRIU has let go of, or that is frozen while CRIU is dead.
+/// Lets a container go on that CRIU has let go of, or that is frozen while CRIU is dead. One that is gone is let be, and so is
+/// another that has come to have its name.
 pub fn let_go_on(
     runc: &Runc,
     id: &str,
     freezer: &Freezer,
-    init_pid: i32,
+    instance: &Instance,
 ) -> Result<(), RemainsError> {
+    let Some(cgroup) = pinned(freezer, instance)? else {
+        return Ok(());
+    };
     // Whatever fails, the rest is done: a container that stands still for it would be worse off.
-    let connected = end_tcp_repair(freezer);
-    let unlocked = remove_network_lock(init_pid);
-    freezer.thaw()?;
-    runc.forget_checkpoint(id)?;
+    let connected = end_tcp_repair(&cgroup);
+    let unlocked = remove_network_lock(instance);
+    cgroup.freezer.thaw()?;
+    if runc.is(id, instance)? {
+        runc.forget_checkpoint(id)?;
+    }
     connected.and(unlocked)
 }
 
 /// Makes every task of the frozen copy die as soon as it is thawed. The kills are pending before the thaw, so no
 /// instruction of the copy runs again.
-pub fn kill_frozen(freezer: &Freezer) -> Result<(), RemainsError> {
-    for task in tasks(freezer)? {
-        // ESRCH: it is gone already.
-        let _ = kill(Pid::from_raw(task.pid), Signal::SIGKILL);
+pub fn kill_frozen(freezer: &Freezer, instance: &Instance) -> Result<(), RemainsError> {
+    match pinned(freezer, instance)? {
+        Some(cgroup) => kill_in(&cgroup),
+        None => Ok(()),
     }
-    Ok(freezer.thaw()?)
+}
+
+fn kill_in(cgroup: &Pinned) -> Result<(), RemainsError> {
+    match cgroup::kill_all(cgroup.freezer.path()) {
+        Err(source) if !is_gone(&source) => Err(cannot_list(cgroup)(source)),
+        _ => Ok(cgroup.freezer.thaw()?),
+    }
 }
 
 /// A copy of a container that lives elsewhere now.
@@ -88,35 +100,54 @@ pub struct LeftCopy<'a> {
     pub runc: &'a Runc,
     /// The container.
     pub id: &'a str,
+    /// What tells it from any other of its name.
+    pub instance: &'a Instance,
     /// Its freezer.
     pub freezer: &'a Freezer,
-    /// Its bundle.
-    pub bundle: &'a Path,
+    /// The migration it had come by itself.
+    pub came_by: Option<MigrationId>,
     /// The engine's state directory.
     pub state_dir: &'a Path,
 }
 
 impl LeftCopy<'_> {
     /// Waits until the copy is dead and makes the runtime forget it. Its bundle goes too if it had come by migration
-    /// itself; a bundle that somebody made stays.
+    /// itself; a bundle that somebody made stays, and so does everything of another container that has its name by now.
     pub fn destroy(&self) -> Result<(), RemainsError> {
-        kill_frozen(self.freezer)?;
-        wait_until_gone(&tasks(self.freezer)?)?;
-        self.runc.delete(self.id)?;
-        Ok(remove_home(self.state_dir, self.id, self.bundle)?)
+        if let Some(cgroup) = pinned(self.freezer, self.instance)? {
+            kill_in(&cgroup)?;
+            wait_until_gone(&tasks(&cgroup)?)?;
+        }
+        if self.runc.is(self.id, self.instance)? {
+            self.runc.delete_dead(self.id)?;
+        }
+        match self.came_by {
+            Some(migration) => Ok(Home::new(self.state_dir, self.id, migration).remove()?),
+            None => Ok(()),
+        }
     }
 }
 
+/// The cgroup of the container, if it is still there.
+fn pinned(freezer: &Freezer, instance: &Instance) -> Result<Option<Pinned>, RemainsError> {
+    let pinned = freezer.pinned(instance.cgroup);
+    pinned.map_err(|source| RemainsError::Tasks {
+        path: freezer.path().to_path_buf(),
+        source,
+    })
+}
+
 /// The tasks of the cgroup; a cgroup that is gone has none.
-fn tasks(freezer: &Freezer) -> Result<Vec<Task>, RemainsError> {
-    match tasks_of_cgroup(freezer.path()) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(source) => Err(RemainsError::Tasks {
-            path: freezer.path().to_path_buf(),
-            source,
-        }),
-        Ok(tasks) => Ok(tasks),
+fn tasks(cgroup: &Pinned) -> Result<Vec<Task>, RemainsError> {
+    match tasks_of_cgroup(cgroup.freezer.path()) {
+        Err(error) if is_gone(&error) => Ok(Vec::new()),
+        listed => listed.map_err(cannot_list(cgroup)),
     }
+}
+
+fn cannot_list(cgroup: &Pinned) -> impl FnOnce(io::Error) -> RemainsError {
+    let path = cgroup.freezer.path().to_path_buf();
+    |source| RemainsError::Tasks { path, source }
 }
 
 fn wait_until_gone(tasks: &[Task]) -> Result<(), RemainsError> {
@@ -135,9 +166,9 @@ fn wait_until_gone(tasks: &[Task]) -> Result<(), RemainsError> {
 }
 
 /// Gives every process of the container its connections back, which a CRIU that died leaves in repair mode.
-fn end_tcp_repair(freezer: &Freezer) -> Result<(), RemainsError> {
+fn end_tcp_repair(cgroup: &Pinned) -> Result<(), RemainsError> {
     let mut ended = Ok(());
-    for task in tasks(freezer)? {
+    for task in tasks(cgroup)? {
         let end = tcp_repair::end(task.pid);
         ended = ended.and(end.map_err(|source| RemainsError::Connections {
             pid: task.pid,
@@ -150,11 +181,17 @@ fn end_tcp_repair(freezer: &Freezer) -> Result<(), RemainsError> {
 /// Removes the nftables table that a CRIU which died leaves in the container's network namespace.
 ///
 /// CRIU names it `inet CRIU-<pid>` (criu/netfilter.c). Without `nft` on this host there is none of ours.
-fn remove_network_lock(init_pid: i32) -> Result<(), RemainsError> {
-    let namespace = PathBuf::from(format!("/proc/{init_pid}/ns/net"));
-    if !namespace.exists() || !has_nft() {
+fn remove_network_lock(instance: &Instance) -> Result<(), RemainsError> {
+    let init = Task::on_record(instance.init.pid, instance.init.start_time);
+    let Ok(held) = File::open(format!("/proc/{}/ns/net", init.pid)) else {
+        return Ok(());
+    };
+    // The namespace is held now: it is the container's if the process was its first one until here.
+    if !init.exists() || !has_nft() {
         return Ok(());
     }
+    let namespace = format!("/proc/{}/fd/{}", std::process::id(), held.as_raw_fd());
+    let namespace = PathBuf::from(namespace);
     let listed = nft(&namespace, &["list", "tables"]).map_err(RemainsError::NetworkLock)?;
     for line in listed.lines() {
         if let Some(table) = line

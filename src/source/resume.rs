@@ -13,7 +13,7 @@ use super::serve::{PageServer, ServeError, Served};
 use super::settle::connector;
 use crate::migration::handoff::SourceEvent;
 use crate::migration::journal::{Owing, OwingSpace};
-use crate::migration::{MigrationId, PeerAddress};
+use crate::migration::{JournalId, MigrationId, PeerAddress};
 use crate::runtime::Task;
 use crate::transport::{Settings, TransportError};
 use crate::wire::codec::Compression;
@@ -37,8 +37,12 @@ pub struct Owed<'a> {
     pub state_dir: &'a Path,
     /// The target's agent.
     pub target: &'a PeerAddress,
+    /// Its certificate: nobody else's word counts.
+    pub peer: &'a str,
     /// The migration.
     pub migration: MigrationId,
+    /// The journal whose word counts.
+    pub target_journal: JournalId,
     /// The frozen processes.
     pub owing: &'a Owing,
 }
@@ -69,6 +73,9 @@ pub enum ServingError {
     /// The target's answer makes no sense here.
     #[error("the target says {0}")]
     Answer(String),
+    /// The target has lost its records: what it says of the outcome proves nothing.
+    #[error("the target has lost the records it had when the container went there: its word does not count")]
+    OtherJournal,
     /// Sending pages failed.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -105,7 +112,8 @@ impl Owed<'_> {
             connector(self.state_dir, settings)?,
             heard,
             |said| said,
-        )?;
+        )?
+        .only_to(self.peer, self.target)?;
         link.say(Resume {
             migration: self.migration,
         })?;
@@ -113,6 +121,9 @@ impl Owed<'_> {
             Ok(Ok(Message::Resumed(_))) => {}
             Ok(Ok(Message::Outcome(outcome))) => {
                 link.close(PeerError::Done);
+                if outcome.journal != self.target_journal {
+                    return Err(ServingError::OtherJournal);
+                }
                 return Ok(match outcome.fate {
                     Fate::Committed => {
                         tell(Told::Whole(Whole::default()));

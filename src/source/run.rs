@@ -15,28 +15,31 @@ use super::remains;
 use super::rootfs_copy::{RootfsCopy, RootfsCopyError};
 use super::rounds::{RoundsDone, RoundsError, name_of};
 use super::send::{FrameSink, Sender};
-use super::settle::connector;
+use super::settle::{self, Settled, connector};
 use super::tracker::{Bystander, TrackError, Tracker, Trackers};
 use crate::chain::one_line;
 use crate::criu::binary::{Criu, NoCriu};
 use crate::criu::kernel_cache::{KernelCache, KernelCacheError};
 use crate::criu::options::NetworkLock;
 use crate::journal::{Journal, JournalDir, JournalError, JournalName};
-use crate::migration::MigrationId;
+use crate::migration::{ContainerId, MigrationId};
 use crate::migration::event::{Event, Finding, Side, Verdict};
 use crate::migration::handoff::{SourceEvent, SourceState};
-use crate::migration::journal::{self, ProcessName, Record, SourceOpened};
+use crate::migration::journal::{self, Record, SourceOpened};
 use crate::migration::mode::{Mode, NoSuchMode, PostCopyNeeds};
 use crate::migration::phase::Timeline;
 use crate::migration::report::{Outcome, PostCopyReport, Report, Sent};
+use crate::runtime::Freezer;
+use crate::runtime::lock::{ContainerLock, Holder, LockError};
 use crate::runtime::runc::{Container, Runc, RuncError};
-use crate::runtime::{Freezer, Task};
+use crate::target::settle as arrival;
 use crate::transport::{PageQueue, Settings};
 use crate::wire::message::{Accepted, Begin, Message, Prestart, RootfsMode};
 use crate::wire::page_frame::EncodedFrame;
 use std::fs::DirBuilder;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
@@ -60,6 +63,23 @@ pub enum RunError {
     /// The tracker asked for does not work here, or none does.
     #[error("{}", crate::chain::one_line(.0))]
     Tracker(#[from] TrackError),
+    /// Somebody is at the container.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// An earlier migration of the container is not settled.
+    #[error(
+        "migration {migration} of container {id} is not settled yet: {reason}; end it first with: migrate recover --state-dir {}", state_dir.display()
+    )]
+    Unsettled {
+        /// The earlier one.
+        migration: MigrationId,
+        /// The container.
+        id: ContainerId,
+        /// What stands in the way.
+        reason: String,
+        /// Where its journal is.
+        state_dir: PathBuf,
+    },
     /// The target cannot be talked to.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -82,7 +102,12 @@ pub enum RunError {
 impl RunError {
     /// Whether the host or its peer is not fit for the move, as opposed to a failure of ours.
     fn is_refusal(&self) -> bool {
-        !matches!(self, RunError::Journal(_) | RunError::System { .. })
+        !matches!(
+            self,
+            RunError::Journal(_)
+                | RunError::System { .. }
+                | RunError::Lock(LockError::File { .. })
+        )
     }
 }
 
@@ -123,6 +148,7 @@ fn move_container(
 ) -> Result<Report, RunError> {
     let mut report = Report::new(migration, plan);
     let runc = Runc::new(&plan.runtime_root);
+    let mut lock = lock_container(plan, migration, &runc)?;
     let container = runc.container(plan.container.as_str())?;
     let criu = Criu::find()?;
     let survey = preflight::survey(&container, &criu, plan.rootfs, plan.page_streams)
@@ -190,6 +216,10 @@ fn move_container(
 
     let work_dir = Plan::work_dir(&plan.state_dir, migration);
     let journal = open_journal(plan, migration, &container, &link, &work_dir)?;
+    // Until it is settled, whatever becomes of this process.
+    if let Some(lock) = &mut lock {
+        lock.is_not_over();
+    }
     let journal_file = journal.path().to_path_buf();
     DirBuilder::new()
         .recursive(true)
@@ -200,7 +230,7 @@ fn move_container(
         .as_ref()
         .filter(|_| report.mode != Mode::PostCopy)
         .map(|tracker| name_of(tracker.kind()));
-    let guard = Guard::start(&plan.program, &plan.state_dir, migration);
+    let guard = Guard::start(&plan.program, &plan.state_dir, migration, lock.as_ref());
 
     let sinks = link.page_queues(plan.page_streams);
     let rootfs = start_rootfs(plan, &container, &link);
@@ -284,8 +314,93 @@ fn move_container(
     {
         tracing::warn!(%error, path = %work_dir.display(), "cannot remove the working directory");
     }
+    if state.is_settled()
+        && let Some(lock) = &mut lock
+    {
+        lock.is_over();
+    }
     let report = conclude(report, plan, state, ended, &timeline, began, emit);
     Ok(report)
+}
+
+/// Takes the container, so that nobody else moves it or takes up what an earlier attempt left. A dry run only looks.
+fn lock_container(
+    plan: &Plan,
+    migration: MigrationId,
+    runc: &Runc,
+) -> Result<Option<ContainerLock>, RunError> {
+    let (root, id) = (plan.runtime_root.as_path(), plan.container.as_str());
+    if !runc.knows(id) {
+        return Err(RuncError::NoSuchContainer {
+            id: id.to_owned(),
+            root: root.to_path_buf(),
+        }
+        .into());
+    }
+    if plan.dry_run {
+        return match ContainerLock::look(root, id) {
+            Some(holder) => Err(LockError::Held {
+                id: id.to_owned(),
+                holder,
+            }
+            .into()),
+            None => Ok(None),
+        };
+    }
+    let mut lock = ContainerLock::take(root, id)?;
+    if let Some(earlier) = lock.before().cloned() {
+        end_earlier(plan, runc, &earlier, &mut lock)?;
+    }
+    let holder = Holder::new(
+        migration,
+        Side::Source,
+        plan.target.to_string(),
+        &plan.state_dir,
+    );
+    lock.claim(holder).map_err(system("locking the container"))?;
+    Ok(Some(lock))
+}
+
+/// Ends what an earlier migration, whose processes died, left of this container; an error if only a person can.
+fn end_earlier(
+    plan: &Plan,
+    runc: &Runc,
+    earlier: &Holder,
+    lock: &mut ContainerLock,
+) -> Result<(), RunError> {
+    let state_dir = &earlier.state_dir;
+    let unsettled = |reason: String| RunError::Unsettled {
+        migration: earlier.migration,
+        id: plan.container.clone(),
+        reason,
+        state_dir: state_dir.clone(),
+    };
+    let stays = match earlier.side {
+        Side::Source => {
+            let settled = settle::settle(state_dir, earlier.migration, Duration::ZERO, Some(lock));
+            let reason = match settled {
+                Ok(Some(Settled::Unknown { reason } | Settled::Incomplete { reason, .. })) => {
+                    reason
+                }
+                Ok(_) => return Ok(()),
+                Err(error) => error.to_string(),
+            };
+            // It may be about a container that had the name before.
+            let container = runc.container(plan.container.as_str())?;
+            settle::concerns(state_dir, earlier.migration, &container.instance).then_some(reason)
+        }
+        Side::Target => match arrival::settle(state_dir, earlier.migration, Some(lock)) {
+            Ok(Some(arrival::Settled::Owing)) => {
+                Some("it lacks pages that are kept at its source".into())
+            }
+            Ok(_) => None,
+            Err(error) => Some(error.to_string()),
+        },
+    };
+    match stays {
+        Some(reason) => Err(unsettled(reason)),
+        None => Ok(()),
+    }
 }
 
 /// The tracker for the rounds, or for post-copy, which has none, a bystander. Where none works `auto` may yet do without: then the reason is returned.
@@ -395,20 +510,19 @@ fn open_journal(
     link: &Link,
     work_dir: &std::path::Path,
 ) -> Result<Journal, RunError> {
-    let init = Task::read(container.init_pid).map_err(system("looking at the container"))?;
     let opened = SourceOpened {
         migration,
         container: plan.container.clone(),
         runtime_root: plan.runtime_root.clone(),
         bundle: container.bundle.clone(),
-        init: ProcessName {
-            pid: container.init_pid,
-            start_time: init.map_or(0, |init| init.start_time),
-        },
+        init: container.instance.init,
+        created: container.instance.created.clone(),
         freezer: match &container.freezer {
             Freezer::V1(path) => journal::Freezer::V1 { path: path.clone() },
             Freezer::V2(path) => journal::Freezer::V2 { path: path.clone() },
         },
+        cgroup: container.instance.cgroup,
+        came_by: container.came_by(&plan.state_dir),
         peer: plan.target.clone(),
         peer_fingerprint: link.peer().fingerprint.to_string(),
         peer_name: link.peer().name.to_string(),

@@ -12,14 +12,15 @@ use crate::migration::event::Side;
 use crate::migration::handoff::source::SourceRecord;
 use crate::migration::handoff::{Course, SourceAction, SourceEvent, SourceState};
 use crate::migration::journal::{self, FoldError, Leftover, Record, Recovered, RecoveredSource};
-use crate::migration::{JournalId, MigrationId, PeerAddress};
+use crate::migration::{ContainerId, JournalId, MigrationId, PeerAddress};
 use crate::runtime::cpu_quota::{self, QuotaError, Slowed};
+use crate::runtime::lock::{ContainerLock, Holder, LockError};
 use crate::runtime::runc::Runc;
-use crate::runtime::{Freezer, Task};
+use crate::runtime::{Freezer, Instance, Task};
 use crate::transport::{Connector, Identity, Settings, TrustStore};
 use crate::wire::message::{Fate, Message, Query};
 use crate::wire::peer_error::PeerError;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
@@ -44,6 +45,9 @@ pub enum SettleError {
     /// The journal cannot be used.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// The container's lock cannot be used.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// The journal holds what no engine wrote; the migration is left alone.
     #[error("the journal of migration {migration} is damaged, nothing was done: {source}")]
     Damaged {
@@ -59,6 +63,11 @@ pub enum SettleError {
 pub enum Settled {
     /// It had ended before, and nothing was left to do.
     Already,
+    /// Somebody is at the container, so it was left alone.
+    Held {
+        /// Who.
+        by: String,
+    },
     /// The container lives at the target.
     Committed,
     /// It goes on here.
@@ -86,6 +95,8 @@ pub struct Question<'a> {
     pub state_dir: &'a Path,
     /// Whom to ask.
     pub target: &'a PeerAddress,
+    /// Its certificate: nobody else's word counts.
+    pub peer: &'a str,
     /// About what.
     pub migration: MigrationId,
     /// The journal whose word counts.
@@ -108,18 +119,18 @@ impl Question<'_> {
         }
     }
 
+    /// Only the journal that prepared the copy has a say: a target with another has lost its records.
     fn meaning(&self, journal: JournalId, fate: Fate) -> SourceEvent {
+        if journal != self.target_journal {
+            return SourceEvent::TargetJournalLost;
+        }
         match fate {
             Fate::Committed => SourceEvent::TargetSaysCommitted,
             // What is lost there is kept here: whether it is worth anything is for a person to say.
             Fate::Serving | Fate::Lost => SourceEvent::TargetSaysServing,
             Fate::RolledBack => SourceEvent::TargetSaysRolledBack,
             Fate::InProgress => SourceEvent::TargetSaysPending,
-            // "Never heard of it" proves something only from the journal that prepared it.
-            Fate::UnknownMigration if journal == self.target_journal => {
-                SourceEvent::TargetNeverHeard
-            }
-            Fate::UnknownMigration => SourceEvent::TargetJournalLost,
+            Fate::UnknownMigration => SourceEvent::TargetNeverHeard,
         }
     }
 
@@ -130,7 +141,8 @@ impl Question<'_> {
             ..Settings::default()
         };
         let connector = connector(self.state_dir, settings)?;
-        let mut link = Link::connect(self.target, connector, heard, |said| said)?;
+        let link = Link::connect(self.target, connector, heard, |said| said)?;
+        let mut link = link.only_to(self.peer, self.target)?;
         link.say(Query {
             migration: self.migration,
         })?;
@@ -200,20 +212,43 @@ pub fn is_serving(state_dir: &Path, migration: MigrationId) -> bool {
 
 /// Settles the migration `migration` from here, asking the target for at most `patience` if only it can know.
 ///
-/// `None` if there is no such migration or it is still running.
+/// `held` is the lock of its container, if the caller has it. `None` if there is no such migration or it is still running.
 pub fn settle(
     state_dir: &Path,
     migration: MigrationId,
     patience: Duration,
+    held: Option<&mut ContainerLock>,
 ) -> Result<Option<Settled>, SettleError> {
     let journals = JournalDir::open(state_dir)?;
     let name = JournalName {
         migration,
         side: Side::Source,
     };
-    if journals.read(name)?.is_none() {
+    let Some(recovered) = recovered(&journals, name)? else {
         return Ok(None);
+    };
+    let opened = &recovered.opened;
+    let (root, id) = (&opened.runtime_root, opened.container.as_str());
+    if is_over(state_dir, &recovered) {
+        // Neither is a container locked for it, nor a journal opened: there may be many of these.
+        ContainerLock::clear(root, id, migration);
+        return Ok(Some(Settled::Already));
     }
+    let mut taken;
+    let lock = match held {
+        Some(lock) => lock,
+        None => {
+            taken = match ContainerLock::take_now(root, id) {
+                Err(LockError::Held { holder, .. }) => {
+                    let by = holder.to_string();
+                    return Ok(Some(Settled::Held { by }));
+                }
+                taken => taken?,
+            };
+            &mut taken
+        }
+    };
+    // As it is now that nobody else goes on with it.
     let (journal, records) = match journals.reopen(name) {
         Err(JournalError::InUse { .. }) => return Ok(None),
         opened => opened?,
@@ -223,33 +258,95 @@ pub fn settle(
         Ok(Recovered::Target(_)) => return Ok(None),
         Err(source) => return Err(SettleError::Damaged { migration, source }),
     };
-    if matches!(
-        recovered.last,
-        SourceRecord::RolledBack | SourceRecord::Closed
-    ) {
-        let work_dir = Plan::work_dir(state_dir, migration);
-        let untidy = work_dir.exists();
-        if let Err(error) = remains::remove_work(&work_dir) {
-            tracing::warn!(%error, path = %work_dir.display(), "cannot remove the working directory");
+    let is_anothers = lock.is_anothers(migration);
+    if !is_anothers {
+        let peer = recovered.opened.peer.to_string();
+        let holder = Holder::new(migration, Side::Source, peer, state_dir);
+        if let Err(error) = lock.claim(holder) {
+            tracing::warn!(%error, "the container's lock does not say who has it");
         }
-        if !untidy {
-            return Ok(Some(Settled::Already));
-        }
+        lock.is_not_over();
     }
     let recovery = Recovery {
         state_dir,
         recovered: &recovered,
+        instance: Instance::on_record(&recovered.opened),
+        is_anothers,
         journal,
         reason: String::new(),
         served: false,
     };
-    Ok(Some(recovery.run(patience)))
+    let settled = recovery.run(patience);
+    if !is_anothers && matches!(settled, Settled::Committed | Settled::RolledBack) {
+        lock.is_over();
+    }
+    Ok(Some(settled))
+}
+
+/// What the journal of a migration from here says now; `None` if there is none.
+fn recovered(
+    journals: &JournalDir,
+    name: JournalName,
+) -> Result<Option<RecoveredSource>, SettleError> {
+    let Some(records) = journals.read(name)? else {
+        return Ok(None);
+    };
+    match journal::fold(&records) {
+        Ok(Recovered::Source(recovered)) => Ok(Some(recovered)),
+        Ok(Recovered::Target(_)) => Ok(None),
+        Err(source) => Err(SettleError::Damaged {
+            migration: name.migration,
+            source,
+        }),
+    }
+}
+
+/// Whether a migration has ended and left nothing to do.
+fn is_over(state_dir: &Path, recovered: &RecoveredSource) -> bool {
+    matches!(
+        recovered.last,
+        SourceRecord::RolledBack | SourceRecord::Closed
+    ) && !Plan::work_dir(state_dir, recovered.opened.migration).exists()
+}
+
+/// Whether a migration from here may still have to do with this very container: then no other may begin.
+pub fn concerns(state_dir: &Path, migration: MigrationId, instance: &Instance) -> bool {
+    let name = JournalName {
+        migration,
+        side: Side::Source,
+    };
+    let recovered = JournalDir::open(state_dir)
+        .map_err(SettleError::from)
+        .and_then(|journals| recovered(&journals, name));
+    match recovered {
+        Ok(Some(recovered)) => {
+            Instance::on_record(&recovered.opened) == *instance && !is_over(state_dir, &recovered)
+        }
+        Ok(None) => false,
+        // What cannot be read may say anything.
+        Err(_) => true,
+    }
+}
+
+/// The container and the migration that a journal is about; `None` if there is none that can be read.
+pub fn container_of(state_dir: &Path, migration: MigrationId) -> Option<(PathBuf, ContainerId)> {
+    let name = JournalName {
+        migration,
+        side: Side::Source,
+    };
+    let journals = JournalDir::open(state_dir).ok()?;
+    let opened = recovered(&journals, name).ok()??.opened;
+    Some((opened.runtime_root, opened.container))
 }
 
 /// A migration being ended after its process died.
 struct Recovery<'a> {
     state_dir: &'a Path,
     recovered: &'a RecoveredSource,
+    /// What tells the container from any other of its name.
+    instance: Instance,
+    /// The container has another unfinished migration: its copy, frozen or not, is that one's.
+    is_anothers: bool,
     journal: Journal,
     reason: String,
     /// Owed pages were sent.
@@ -259,7 +356,7 @@ struct Recovery<'a> {
 impl Recovery<'_> {
     fn run(mut self, patience: Duration) -> Settled {
         // Whatever became of it, and even if that stays unknown: nothing is slowed for a migration that is over.
-        if self.same_boot() {
+        if self.may_touch() && self.is_there() {
             self.tidy(
                 "give the container its CPU quota back",
                 self.restore_quota(),
@@ -317,6 +414,7 @@ impl Recovery<'_> {
                 let question = Question {
                     state_dir: self.state_dir,
                     target: &self.recovered.opened.peer,
+                    peer: &self.recovered.opened.peer_fingerprint,
                     migration: self.recovered.opened.migration,
                     target_journal,
                 };
@@ -331,31 +429,32 @@ impl Recovery<'_> {
                 // On record first: a hook that still holds the dump reads it and makes CRIU let go.
                 self.write(&Record::RolledBack);
                 self.wait_for_dump();
-                if self.same_boot() {
+                if self.may_touch() {
                     let opened = &self.recovered.opened;
                     let went_on = remains::let_go_on(
                         &Runc::new(&opened.runtime_root),
                         opened.container.as_str(),
                         &self.freezer(),
-                        opened.init.pid,
+                        &self.instance,
                     );
                     self.tidy("let the container go on", went_on);
                 }
                 None
             }
             SourceAction::DestroyFrozenCopy => {
-                if self.same_boot() {
+                if self.may_touch() {
                     self.tidy(
                         "kill the frozen copy",
-                        remains::kill_frozen(&self.freezer()),
+                        remains::kill_frozen(&self.freezer(), &self.instance),
                     );
                     self.wait_for_dump();
                     let opened = &self.recovered.opened;
                     let copy = LeftCopy {
                         runc: &Runc::new(&opened.runtime_root),
                         id: opened.container.as_str(),
+                        instance: &self.instance,
                         freezer: &self.freezer(),
-                        bundle: &opened.bundle,
+                        came_by: opened.came_by,
                         state_dir: self.state_dir,
                     };
                     self.tidy("remove the frozen copy", copy.destroy());
@@ -376,10 +475,15 @@ impl Recovery<'_> {
             self.reason = "this host was restarted: the pages the copy lacks are lost".into();
             return SourceEvent::TargetUnreachable;
         };
+        let Some(target_journal) = self.recovered.target_journal else {
+            return SourceEvent::TargetUnreachable;
+        };
         let owed = Owed {
             state_dir: self.state_dir,
             target: &opened.peer,
+            peer: &opened.peer_fingerprint,
             migration: opened.migration,
+            target_journal,
             owing,
         };
         let mut served = false;
@@ -441,14 +545,23 @@ impl Recovery<'_> {
             }
             if self.same_boot() && task.exists() {
                 tracing::warn!(what, pid = process.pid, "still there: killed");
-                let pid = nix::unistd::Pid::from_raw(process.pid);
-                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+                let _ = task.kill();
             }
         }
     }
 
     fn same_boot(&self) -> bool {
         crate::kernel::boot_id().is_ok_and(|now| now == self.recovered.opened.boot_id)
+    }
+
+    /// Whether what the journal is about may be touched, if it is still there.
+    fn may_touch(&self) -> bool {
+        self.same_boot() && !self.is_anothers
+    }
+
+    /// Whether the container's cgroups are still its own.
+    fn is_there(&self) -> bool {
+        matches!(self.freezer().pinned(self.instance.cgroup), Ok(Some(_)))
     }
 
     fn freezer(&self) -> Freezer {

@@ -18,7 +18,7 @@ use super::owing::Owing;
 use super::page_store::{PageStore, PageStoreLimits};
 use super::pager::{PagerEvent, PagerHandle};
 use super::receive::Receiver;
-use super::remains::Copy;
+use super::remains::{Copy, Made};
 use super::restore::{INVENTORY, Restore};
 use super::rootfs::{Limits, RootfsTarget};
 use crate::criu::binary::Criu;
@@ -28,9 +28,11 @@ use crate::fault;
 use crate::journal::{Journal, JournalDir, JournalName};
 use crate::migration::event::Side;
 use crate::migration::handoff::{Course, TargetAction, TargetEvent, TargetState};
-use crate::migration::journal::{Record, TargetOpened};
+use crate::migration::journal::{Leftover, Record, TargetOpened};
 use crate::migration::{ContainerId, JournalId};
-use crate::runtime::home::home_of;
+use crate::runtime::home::Home;
+use crate::runtime::instance::inode_of;
+use crate::runtime::lock::ContainerLock;
 use crate::runtime::runc::Runc;
 use crate::transport::{BlockingStream, Connection, ControlSender, TransportError, TwoWay};
 use crate::wire::message::{self, Begin, Fate, Manifest, Message, Requirements, RootfsMode};
@@ -132,9 +134,11 @@ pub struct Arrival<'a> {
     signals: Signals<Signal>,
     signal: Sender<Signal>,
     work: PathBuf,
-    home: PathBuf,
-    /// What the restore makes, to be removed if the runtime cannot.
-    cgroups: Vec<PathBuf>,
+    home: Home,
+    /// What was made for the restore elsewhere, to be removed if the runtime cannot.
+    made: Made,
+    /// The right to touch the container; given up when it runs and lacks nothing.
+    lock: Option<ContainerLock>,
     /// Those it will be in, made by whomever.
     all_cgroups: Vec<PathBuf>,
     store: Arc<PageStore>,
@@ -188,18 +192,19 @@ impl<'a> Arrival<'a> {
         signal: Sender<Signal>,
         signals: Signals<Signal>,
         journals: &JournalDir,
+        lock: ContainerLock,
     ) -> Result<Arrival<'a>, String> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let work = host
             .state_dir
             .join("work")
             .join(begin.migration.to_string());
-        let home = home_of(&host.state_dir, begin.container.as_str());
+        let home = Home::new(&host.state_dir, begin.container.as_str(), begin.migration);
         let opened = TargetOpened {
             migration: begin.migration,
             container: begin.container.clone(),
             runtime_root: host.runc.root().to_path_buf(),
-            bundle: home.clone(),
+            bundle: home.path().to_path_buf(),
             peer_fingerprint: connection.peer().fingerprint.to_string(),
             peer_name: connection.peer().name.to_string(),
             work_dir: work.clone(),
@@ -223,14 +228,14 @@ impl<'a> Arrival<'a> {
         };
         let store = Arc::new(PageStore::new(limits));
         let images = work.join("images");
-        // Root filesystems hold setuid programs and devices: only root may pass through here.
         let mut private = DirBuilder::new();
         private.recursive(true).mode(0o700);
-        for directory in [&images, &work.join("work"), &home] {
+        for directory in [&images, &work.join("work")] {
             private
                 .create(directory)
                 .map_err(|error| format!("cannot make {}: {error}", directory.display()))?;
         }
+        home.make().map_err(|error| text(&error))?;
         let receiver = Receiver::start(
             connection,
             runtime,
@@ -258,7 +263,8 @@ impl<'a> Arrival<'a> {
             signal,
             work,
             home,
-            cgroups: Vec::new(),
+            made: Made::default(),
+            lock: Some(lock),
             all_cgroups: Vec::new(),
             store,
             receiver: Some(receiver),
@@ -301,6 +307,9 @@ impl<'a> Arrival<'a> {
                 }
                 None if self.leaving && self.is_stranded() => {
                     tracing::info!(container = %self.container, "its source is away: it is left to its pager");
+                    if let Some(lock) = self.lock.take() {
+                        lock.leave();
+                    }
                     return self.course.state();
                 }
                 None => self.next_event(),
@@ -309,12 +318,22 @@ impl<'a> Arrival<'a> {
                 self.take(event);
             }
         }
+        // First: as long as the working directory is there, a successor looks whether the lock is left.
+        self.give_up_lock();
+        self.copy().remove_idle_cgroups();
         let remove = self.copy().remove_work();
         drop(self.hooks.take());
         if let Err(error) = remove {
             tracing::warn!(%error, "the working directory stays");
         }
         self.course.state()
+    }
+
+    /// It is over: the container may move on.
+    fn give_up_lock(&mut self) {
+        if let Some(mut lock) = self.lock.take() {
+            lock.is_over();
+        }
     }
 
     fn take(&mut self, event: TargetEvent) {
@@ -347,6 +366,7 @@ impl<'a> Arrival<'a> {
             );
             return Some(TargetEvent::Timeout);
         }
+        self.note_record();
         if let Some(error) = self.receiver.as_ref().and_then(Receiver::failure)
             && !self.course.state().is_settled()
             && self.course.state() == TargetState::Receiving
@@ -357,6 +377,23 @@ impl<'a> Arrival<'a> {
         self.restore_ended()
             .or_else(|| self.pager_event())
             .or_else(|| self.owing_event())
+    }
+
+    /// Takes down which directory the runtime has made for its record of the copy, before it is in the frozen window.
+    fn note_record(&mut self) {
+        if self.made.record.is_some()
+            || self.course.state() != TargetState::Receiving
+            || !self.restore.as_ref().is_some_and(Restore::has_begun)
+        {
+            return;
+        }
+        if let Ok(Some(inode)) = inode_of(&self.host.runc.directory(self.container.as_str())) {
+            self.made.record = Some(inode);
+            let leftover = Leftover::RuntimeRecord { inode };
+            if let Err(error) = self.journal.append(&Record::Leftover(leftover)) {
+                tracing::warn!(%error, "the runtime's record of the copy is not in the journal");
+            }
+        }
     }
 
     fn restore_ended(&mut self) -> Option<TargetEvent> {
@@ -388,6 +425,10 @@ impl<'a> Arrival<'a> {
                 tracing::info!(?summary, "every page is in its place");
                 self.pager = None;
                 self.filled = true;
+                // Whoever hears the next words may move it on at once.
+                if self.owing.as_ref().is_none_or(Owing::is_over) {
+                    self.give_up_lock();
+                }
                 self.say(message::Filled {
                     after_release_us: self
                         .released
@@ -587,7 +628,7 @@ impl<'a> Arrival<'a> {
                 .saturating_add(ROOTFS_RESERVE),
             entries: Limits::MAX_ENTRIES,
         };
-        let mut target = RootfsTarget::new(&self.home.join("rootfs"), limits)
+        let mut target = RootfsTarget::new(&self.home.path().join("rootfs"), limits)
             .map_err(|error| error.to_string())?;
         let (connection, runtime, signal) = (
             connection.clone(),
@@ -617,9 +658,10 @@ impl<'a> Arrival<'a> {
         Copy {
             runc: &self.host.runc,
             id: self.container.as_str(),
+            migration: self.home.migration(),
             home: &self.home,
             work: &self.work,
-            cgroups: &self.cgroups,
+            made: &self.made,
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::processor::a_program_may_need;
 use crate::criu::binary::Criu;
+use crate::runtime::home::{Home, HomeError};
 use crate::runtime::runc::Runc;
 use crate::wire::message::{Arch, Begin, CgroupVersion, CpuFlag, Refusal};
 use crate::wire::peer_error::PeerError;
@@ -45,6 +46,11 @@ pub fn refusals(begin: &Begin, criu: &Criu, runc: &Runc, state_dir: &Path) -> Ve
     }
     if runc.knows(begin.container.as_str()) {
         let text = format!("{} under {}", begin.container, runc.root().display());
+        refuse(PeerError::ContainerExists, text);
+    }
+    let home = Home::new(state_dir, begin.container.as_str(), begin.migration);
+    if home.is_taken() {
+        let text = HomeError::Taken(home.path().to_path_buf()).to_string();
         refuse(PeerError::ContainerExists, text);
     }
     if let Err(error) = Runc::version() {
@@ -205,6 +211,9 @@ mod tests {
             assert_eq!(refused(&begin), [code]);
         }
         fs::create_dir_all(runc.root().join("web")).expect("a directory");
+        assert_eq!(refused(&modest(&criu)), [PeerError::ContainerExists]);
+        fs::remove_dir(runc.root().join("web")).expect("removed");
+        fs::create_dir_all(directory.path().join("containers/web")).expect("a directory");
         assert_eq!(refused(&modest(&criu)), [PeerError::ContainerExists]);
     }
 

@@ -1,12 +1,21 @@
 //! Taking a copy away again, and finding out what became of one.
+//!
+//! A name proves nothing: somebody may have a container of that name here by now. What is touched carries the mark of the
+//! migration: its directory a file, its record with the runtime an annotation and the inode that was taken down while the
+//! restore was young, its cgroups the inodes they were made with.
 
 use super::restore::INVENTORY;
-use super::rootfs::{RemoveError, remove_tree};
 use crate::criu::hook;
-use crate::runtime::runc::{Runc, RuncError, Status};
-use crate::runtime::{Task, cgroup, tasks_of_cgroup};
+use crate::kernel::pidfd::Pidfd;
+use crate::migration::MigrationId;
+use crate::migration::journal::{Inode, Leftover, MadeCgroup};
+use crate::runtime::cgroup;
+use crate::runtime::home::{Home, HomeError};
+use crate::runtime::instance::inode_of;
+use crate::runtime::runc::{Container, Runc, RuncError, RuntimeRecord, Status};
+use crate::runtime::{Task, tasks_of_cgroup};
 use nix::fcntl::OFlag;
-use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -33,13 +42,14 @@ pub enum DiscardError {
         /// The system's reason.
         source: io::Error,
     },
-    /// The root filesystem cannot be removed.
-    #[error("cannot remove {path}: {source}")]
-    Tree {
-        /// The path.
-        path: PathBuf,
-        /// Why.
-        source: RemoveError,
+    /// Its directory with the root filesystem cannot be removed.
+    #[error(transparent)]
+    Home(#[from] HomeError),
+    /// Its first process does not die.
+    #[error("process {pid} of the copy does not die")]
+    StillAlive {
+        /// The process.
+        pid: i32,
     },
 }
 
@@ -50,12 +60,55 @@ pub struct Copy<'a> {
     pub runc: &'a Runc,
     /// The container.
     pub id: &'a str,
+    /// The migration that brings it.
+    pub migration: MigrationId,
     /// Its directory below the state directory: bundle, root filesystem, logs.
-    pub home: &'a Path,
+    pub home: &'a Home,
     /// Images, sockets and logs of the migration.
     pub work: &'a Path,
-    /// The cgroups that its restore was to make.
-    pub cgroups: &'a [PathBuf],
+    /// What its restore was given, or made.
+    pub made: &'a Made,
+}
+
+/// What was made for a copy outside of the engine's directories.
+#[derive(Clone, Debug, Default)]
+pub struct Made {
+    /// Its cgroups.
+    pub cgroups: Vec<MadeCgroup>,
+    /// The runtime's directory of it, once that is known to be its own.
+    pub record: Option<Inode>,
+}
+
+impl Made {
+    /// What the journal has on record.
+    pub fn on_record(leftovers: &[Leftover]) -> Made {
+        let mut made = Made::default();
+        for leftover in leftovers {
+            match leftover {
+                Leftover::Cgroup { path } => made.cgroups.push(MadeCgroup {
+                    path: path.clone(),
+                    inode: None,
+                }),
+                // All that were announced and are not among them were not made.
+                Leftover::MadeCgroups { cgroups } => made.cgroups.clone_from(cgroups),
+                Leftover::RuntimeRecord { inode } => made.record = Some(*inode),
+                _ => {}
+            }
+        }
+        made
+    }
+}
+
+/// Whose the runtime's record of that name is.
+enum Owner {
+    /// There is none.
+    Nobody,
+    /// The copy's.
+    Ours(RuntimeRecord),
+    /// The copy's, whose restore did not come to write it.
+    OursUnwritten,
+    /// Another container's, or nobody can tell.
+    Another(Option<RuntimeRecord>),
 }
 
 /// What became of a copy whose release went wrong.
@@ -74,22 +127,27 @@ impl Copy<'_> {
     pub fn discard(&self) -> Result<(), DiscardError> {
         // The cgroups first: CRIU is in them, and one whose runtime was killed may wait for ever for an init that in turn waits
         // for CRIU to take notice of its dead threads. Such an init the runtime cannot delete.
-        for cgroup in self.cgroups {
-            cgroup::remove(cgroup, PATIENCE).map_err(|source| DiscardError::File {
-                path: cgroup.clone(),
-                source,
-            })?;
+        let owner = self.owner()?;
+        for cgroup in &self.made.cgroups {
+            if let Owner::Another(Some(record)) = &owner
+                && record.cgroups.contains(&cgroup.path)
+            {
+                continue;
+            }
+            cgroup
+                .remove(PATIENCE)
+                .map_err(|source| DiscardError::File {
+                    path: cgroup.path.clone(),
+                    source,
+                })?;
         }
-        self.runc.forget(self.id)?;
+        self.forget(owner)?;
         self.discard_files()
     }
 
     /// Removes the files of a copy that a restart of the host has ended: whatever has its name now is another container.
     pub fn discard_files(&self) -> Result<(), DiscardError> {
-        remove_tree(self.home).map_err(|source| DiscardError::Tree {
-            path: self.home.to_path_buf(),
-            source,
-        })?;
+        self.home.remove()?;
         self.remove_work()
     }
 
@@ -104,10 +162,18 @@ impl Copy<'_> {
         }
     }
 
+    /// Removes the cgroups that the runtime had no use for.
+    pub fn remove_idle_cgroups(&self) {
+        for cgroup in &self.made.cgroups {
+            cgroup.remove_if_empty();
+        }
+    }
+
     /// Looks at the copy and at the mark its hook left.
     pub fn inspect(&self) -> Found {
-        let runs = self.runc.knows(self.id)
-            && matches!(self.runc.container(self.id), Ok(found) if matches!(found.status, Status::Running | Status::Paused));
+        let runs = self
+            .container()
+            .is_some_and(|found| matches!(found.status, Status::Running | Status::Paused));
         match (runs, hook::may_have_run(self.work)) {
             (true, true) => Found::Running,
             (_, false) => Found::NeverRan,
@@ -117,16 +183,19 @@ impl Copy<'_> {
 
     /// Kills every process of the copy: stopped is better than wrong.
     pub fn kill(&self) {
-        let Ok(container) = self.runc.container(self.id) else {
+        let Some(container) = self.container() else {
             return;
         };
+        // Another of its path is another's.
+        let Ok(Some(cgroup)) = container.freezer.pinned(container.instance.cgroup) else {
+            return;
+        };
+        let place = cgroup.freezer.path();
         // A process may fork between listing and killing.
         for _ in 0..100 {
-            match tasks_of_cgroup(container.freezer.path()) {
+            match tasks_of_cgroup(place) {
                 Ok(tasks) if tasks.iter().any(|task| !task.zombie) => {
-                    for task in tasks {
-                        let _ = kill(Pid::from_raw(task.pid), Signal::SIGKILL);
-                    }
+                    let _ = cgroup::kill_all(place);
                 }
                 _ => return,
             }
@@ -136,6 +205,81 @@ impl Copy<'_> {
             container = self.id,
             "some process of the container does not die"
         );
+    }
+
+    /// The copy, if it is the container that the runtime knows by its name.
+    fn container(&self) -> Option<Container> {
+        match self.owner() {
+            Ok(Owner::Ours(_)) => self.runc.container(self.id).ok(),
+            _ => None,
+        }
+    }
+
+    fn owner(&self) -> Result<Owner, DiscardError> {
+        let directory = self.runc.directory(self.id);
+        let inode = inode_of(&directory).map_err(|source| DiscardError::File {
+            path: directory,
+            source,
+        })?;
+        let Some(inode) = inode else {
+            return Ok(Owner::Nobody);
+        };
+        let is_it = |known| known == inode;
+        Ok(match self.runc.record(self.id)? {
+            Some(record)
+                if record.came_by == Some(self.migration)
+                    && self.made.record.is_none_or(is_it)
+                    && record.bundle.as_deref().is_some_and(|bundle| self.is_home(bundle)) =>
+            {
+                Owner::Ours(record)
+            }
+            None if self.made.record.is_some_and(is_it) => Owner::OursUnwritten,
+            record => Owner::Another(record),
+        })
+    }
+
+    /// Whether the runtime's bundle is the copy's home, whichever of them is written with a symlink.
+    fn is_home(&self, bundle: &Path) -> bool {
+        let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        real(bundle) == real(self.home.path())
+    }
+
+    /// Makes the runtime forget the copy.
+    fn forget(&self, owner: Owner) -> Result<(), DiscardError> {
+        let directory = self.runc.directory(self.id);
+        let failed = |source| DiscardError::File {
+            path: directory.clone(),
+            source,
+        };
+        match owner {
+            Owner::Nobody => {}
+            Owner::Ours(record) => {
+                let init = Task::on_record(record.init.pid, record.init.start_time);
+                // The processes of its pid namespace die with it. That it cannot be reached shows below.
+                let _ = init.kill();
+                let deadline = Instant::now() + PATIENCE;
+                while matches!(Task::read(init.pid), Ok(Some(now)) if now.start_time == init.start_time && !now.zombie)
+                {
+                    if Instant::now() > deadline {
+                        return Err(DiscardError::StillAlive { pid: init.pid });
+                    }
+                    thread::sleep(Duration::from_millis(2));
+                }
+                self.runc.delete_dead(self.id)?;
+            }
+            Owner::OursUnwritten => fs::remove_dir_all(&directory).map_err(failed)?,
+            Owner::Another(Some(_)) => {
+                tracing::info!(
+                    container = self.id,
+                    "another container has the name here: it is left alone"
+                );
+            }
+            // Of a restore that died before it could be told from another's: one in use is not empty.
+            Owner::Another(None) => {
+                let _ = fs::remove_dir(&directory);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -151,7 +295,11 @@ pub fn end_restore(images: &Path, restore: &Task) {
         drop(inventory);
         thread::sleep(Duration::from_millis(5));
     }
-    if restore.exists() {
+    // While the process is held and lives, its number is no other group's.
+    if let Ok(process) = Pidfd::open(restore.pid)
+        && restore.exists()
+        && !process.exited()
+    {
         let _ = killpg(Pid::from_raw(restore.pid), Signal::SIGKILL);
     }
 }

@@ -149,6 +149,17 @@ impl Restore {
         }))
     }
 
+    /// Whether the runtime has come to start CRIU, which it does when its own record of the container is made.
+    pub fn has_begun(&self) -> bool {
+        // Any of the runtime's threads may be the one that starts it.
+        let threads = fs::read_dir(format!("/proc/{}/task", self.child.id()));
+        let has_child = |thread: fs::DirEntry| {
+            let children = fs::read_to_string(thread.path().join("children"));
+            children.is_ok_and(|children| !children.is_empty())
+        };
+        threads.into_iter().flatten().flatten().any(has_child)
+    }
+
     /// The pid of the runtime's process.
     pub fn pid(&self) -> u32 {
         self.child.id()

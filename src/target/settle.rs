@@ -1,7 +1,7 @@
 //! Ending the migrations that a crash of the agent left at the target, and answering for those that ended before.
 
 use super::pager::{self, Adopted, DONE_MARK, PagerHandleError, SUPPLY_SOCKET};
-use super::remains::{Copy, Found, end_restore};
+use super::remains::{Copy, Found, Made, end_restore};
 use crate::journal::{Journal, JournalDir, JournalError, JournalName};
 use crate::migration::MigrationId;
 use crate::migration::event::Side;
@@ -11,10 +11,11 @@ use crate::migration::journal::{
     self, FoldError, Leftover, OwedTask, Record, Recovered, RecoveredTarget, TargetOpened,
 };
 use crate::runtime::Task;
-use crate::runtime::home::home_of;
+use crate::runtime::home::Home;
+use crate::runtime::lock::{ContainerLock, LockError};
 use crate::runtime::runc::Runc;
 use crate::wire::message::Fate;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -42,6 +43,9 @@ pub enum SettleError {
         /// What is wrong.
         source: FoldError,
     },
+    /// Somebody is at the container, or nobody can tell.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// Something of the copy cannot be removed.
     #[error("migration {migration} cannot be undone yet: {reason}")]
     Stuck {
@@ -83,8 +87,10 @@ pub fn fate(
 }
 
 /// How a migration to here ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Settled {
+    /// Somebody is at the container, so it was left alone.
+    Held(String),
     /// It had ended before, and nothing was left to do.
     Already,
     /// It was ended now.
@@ -93,8 +99,13 @@ pub enum Settled {
     Owing,
 }
 
-/// Settles the migration `migration` to here. `None` if there is none or it is still running.
-pub fn settle(state_dir: &Path, migration: MigrationId) -> Result<Option<Settled>, SettleError> {
+/// Settles the migration `migration` to here. `None` if there is none or it is still running. `held` is the lock of its
+/// container, if the caller has it.
+pub fn settle(
+    state_dir: &Path,
+    migration: MigrationId,
+    held: Option<&mut ContainerLock>,
+) -> Result<Option<Settled>, SettleError> {
     let journals = JournalDir::open(state_dir)?;
     let name = JournalName {
         migration,
@@ -118,27 +129,44 @@ pub fn settle(state_dir: &Path, migration: MigrationId) -> Result<Option<Settled
         TargetRecord::Released | TargetRecord::Aborted
     );
     if settled && !recovered.opened.work_dir.exists() {
+        let opened = &recovered.opened;
+        ContainerLock::clear(&opened.runtime_root, opened.container.as_str(), migration);
         return Ok(Some(Settled::Already));
     }
-    let cgroups = recovered.leftovers.iter().filter_map(|left| match left {
-        Leftover::Cgroup { path } => Some(path.clone()),
-        _ => None,
-    });
+    let opened = &recovered.opened;
+    let mut taken;
+    let lock = match held {
+        Some(lock) => lock,
+        None => {
+            taken = match ContainerLock::take_now(&opened.runtime_root, opened.container.as_str())
+            {
+                Err(LockError::Held { holder, .. }) => {
+                    return Ok(Some(Settled::Held(holder.to_string())));
+                }
+                taken => taken?,
+            };
+            &mut taken
+        }
+    };
+    let owing = waits_for_pages(&recovered);
     let recovery = Recovery {
         recovered: &recovered,
-        cgroups: cgroups.collect(),
+        made: Made::on_record(&recovered.leftovers),
         runc: Runc::new(&recovered.opened.runtime_root),
-        home: home_of(state_dir, recovered.opened.container.as_str()),
+        home: home_of(state_dir, &recovered.opened),
         journal,
         reason: String::new(),
     };
-    let owing = waits_for_pages(&recovered);
-    recovery.run().map(|fate| {
-        Some(match fate {
-            Fate::Committed if owing => Settled::Owing,
-            fate => Settled::Now(fate),
-        })
-    })
+    let fate = recovery.run()?;
+    let owing = owing && fate == Fate::Committed;
+    if !owing && !lock.is_anothers(migration) {
+        lock.is_over();
+    }
+    Ok(Some(if owing {
+        Settled::Owing
+    } else {
+        Settled::Now(fate)
+    }))
 }
 
 /// Whether the copy may be waiting for pages. After a restart of this host there is no copy any more.
@@ -157,6 +185,8 @@ pub struct Orphan {
     pub opened: TargetOpened,
     /// Who is owed.
     pub owed: Vec<OwedTask>,
+    /// The right to touch it.
+    pub lock: ContainerLock,
     /// Its pager; `None` if that brought every page to its place and left.
     pub adopted: Option<Adopted>,
 }
@@ -190,6 +220,10 @@ pub fn adopt(state_dir: &Path, migration: MigrationId) -> Result<Adoption, Settl
         return Ok(Adoption::Nothing);
     }
     let RecoveredTarget { opened, owed, .. } = recovered;
+    let lock = match ContainerLock::take_now(&opened.runtime_root, opened.container.as_str()) {
+        Err(LockError::Held { .. }) => return Ok(Adoption::Later),
+        taken => taken?,
+    };
     let work = opened.work_dir.clone();
     let deadline = Instant::now() + ADOPTION_PATIENCE;
     let adopted = loop {
@@ -214,6 +248,7 @@ pub fn adopt(state_dir: &Path, migration: MigrationId) -> Result<Adoption, Settl
         journal,
         opened,
         owed,
+        lock,
         adopted,
     })))
 }
@@ -224,14 +259,19 @@ fn give_up(state_dir: &Path, opened: &TargetOpened, why: &PagerHandleError) {
     let copy = Copy {
         runc: &Runc::new(&opened.runtime_root),
         id: opened.container.as_str(),
-        home: &home_of(state_dir, opened.container.as_str()),
+        migration: opened.migration,
+        home: &home_of(state_dir, opened),
         work: &opened.work_dir,
-        cgroups: &[],
+        made: &Made::default(),
     };
     copy.kill();
     if let Err(error) = copy.remove_work() {
         tracing::warn!(%error, "the working directory stays");
     }
+}
+
+fn home_of(state_dir: &Path, opened: &TargetOpened) -> Home {
+    Home::new(state_dir, opened.container.as_str(), opened.migration)
 }
 
 fn fold(migration: MigrationId, records: &[Record]) -> Result<Recovered, SettleError> {
@@ -241,9 +281,9 @@ fn fold(migration: MigrationId, records: &[Record]) -> Result<Recovered, SettleE
 /// A migration being ended after the agent died.
 struct Recovery<'a> {
     recovered: &'a RecoveredTarget,
-    cgroups: Vec<PathBuf>,
+    made: Made,
     runc: Runc,
-    home: PathBuf,
+    home: Home,
     journal: Journal,
     reason: String,
 }
@@ -268,6 +308,9 @@ impl Recovery<'_> {
         let waits = course.state() == TargetState::Released && waits_for_pages(self.recovered);
         if !waits && let Err(error) = self.copy().remove_work() {
             tracing::warn!(%error, "the working directory stays");
+        }
+        if self.same_boot() {
+            self.copy().remove_idle_cgroups();
         }
         Ok(match course.state() {
             TargetState::Released => Fate::Committed,
@@ -346,9 +389,10 @@ impl Recovery<'_> {
         Copy {
             runc: &self.runc,
             id: self.recovered.opened.container.as_str(),
+            migration: self.recovered.opened.migration,
             home: &self.home,
             work: &self.recovered.opened.work_dir,
-            cgroups: &self.cgroups,
+            made: &self.made,
         }
     }
 }

@@ -17,7 +17,7 @@ impl<S: FrameSink> Handover<'_, S> {
         }
         self.tracker = None;
         // Killed before the hook says go and before the thaw: not one instruction runs here again.
-        let destroyed = remains::kill_frozen(&self.container.freezer);
+        let destroyed = remains::kill_frozen(&self.container.freezer, &self.container.instance);
         if let Some(hold) = self.hold.take() {
             let _ = hold.go();
         }
@@ -28,8 +28,9 @@ impl<S: FrameSink> Handover<'_, S> {
         let copy = LeftCopy {
             runc: self.runc,
             id: &self.container.id,
+            instance: &self.container.instance,
             freezer: &self.container.freezer,
-            bundle: &self.container.bundle,
+            came_by: self.container.came_by(&self.plan.state_dir),
             state_dir: &self.plan.state_dir,
         };
         let destroyed = destroyed.and_then(|()| copy.destroy());
@@ -69,10 +70,10 @@ impl<S: FrameSink> Handover<'_, S> {
         let Container {
             id,
             freezer,
-            init_pid,
+            instance,
             ..
         } = self.container;
-        if let Err(error) = remains::let_go_on(self.runc, id, freezer, *init_pid) {
+        if let Err(error) = remains::let_go_on(self.runc, id, freezer, instance) {
             tracing::error!(%error, "the container goes on, but not as it was");
             self.ended.untidy.get_or_insert(error.to_string());
         }

@@ -17,6 +17,7 @@ use crate::migration::handoff::{SourceEvent, SourceState};
 use crate::migration::phase::Mark;
 use crate::migration::report::{DumpKind, RoundReport, Sent};
 use crate::runtime::Task;
+use crate::runtime::runc::Container;
 use crate::source::preflight;
 use crate::source::residue::{residue, take_lazy};
 use crate::source::rootfs::FileId;
@@ -32,6 +33,14 @@ impl<S: FrameSink> Handover<'_, S> {
     pub(super) fn freeze(&mut self) -> Option<SourceEvent> {
         self.mark(Mark::FreezeBegan);
         let start = Instant::now();
+        // Its name, its cgroup's path and even its pid may be another's by now.
+        if !self.is_itself() {
+            let id = &self.container.id;
+            self.because(format!(
+                "container {id} ended during the rounds, and what has its name now is another"
+            ));
+            return Some(SourceEvent::FreezeFailed);
+        }
         Some(match self.container.freezer.freeze(FREEZE_PATIENCE) {
             Ok(frozen) => {
                 self.frozen = Some(frozen);
@@ -46,6 +55,18 @@ impl<S: FrameSink> Handover<'_, S> {
                 SourceEvent::FreezeFailed
             }
         })
+    }
+
+    /// Whether the container is still the one that the migration began with.
+    fn is_itself(&self) -> bool {
+        let Container {
+            id,
+            freezer,
+            instance,
+            ..
+        } = self.container;
+        matches!(freezer.pinned(instance.cgroup), Ok(Some(_)))
+            && matches!(self.runc.is(id, instance), Ok(true))
     }
 
     /// The last scan, the parent for CRIU, the last pages and the last files.

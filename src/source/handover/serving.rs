@@ -106,10 +106,13 @@ impl<S: FrameSink> Handover<'_, S> {
         self.link = None;
         self.server = None;
         let owing = self.owing.clone()?;
+        let target_journal = self.target_journal?;
         let owed = Owed {
             state_dir: &self.plan.state_dir,
             target: &self.plan.target,
+            peer: &self.peer,
             migration: self.migration,
+            target_journal,
             owing: &owing,
         };
         let patience = self.plan.reconnect_timeout;

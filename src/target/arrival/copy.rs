@@ -7,6 +7,9 @@ use crate::criu::hook::HookServer;
 use crate::criu::options::Options;
 use crate::migration::handoff::TargetEvent;
 use crate::migration::journal::{Leftover, ProcessName, Record};
+use crate::runtime::home::Home;
+use crate::runtime::instance::inode_of;
+use crate::runtime::runc::MARK;
 use crate::runtime::{Task, cgroup};
 use crate::target::compose::{Delivery, compose};
 use crate::target::pager::{PagerEvent, PagerHandle, PagerHandleError, TaskMemory};
@@ -36,24 +39,22 @@ impl Arrival<'_> {
         let (images, work) = (self.work.join("images"), self.work.join("work"));
         let config = config_for(prestart, &self.home, self.requirements)
             .map_err(|error| fail("config.json", &error))?;
-        fs::write(self.home.join("config.json"), config.to_string())
+        fs::write(self.home.path().join("config.json"), config.to_string())
             .map_err(|error| fail("writing config.json", &error))?;
-        // On record before the runtime makes them: killed early, it does not know what it made.
-        self.cgroups = cgroup::about_to_be_made(&config, self.container.as_str())
-            .map_err(|error| fail("looking at the cgroups", &error))?;
-        self.all_cgroups = cgroup::of_container(&config, self.container.as_str())
-            .map_err(|error| fail("looking at the cgroups", &error))?;
-        for path in self.cgroups.clone() {
-            self.journal
-                .append(&Record::Leftover(Leftover::Cgroup { path }))
-                .map_err(|error| fail("journal", &error))?;
+        let id = self.container.as_str();
+        if self.host.runc.knows(id) {
+            let text = format!("{id} was started here meanwhile, and is left alone");
+            return Err((PeerError::ContainerExists, text));
         }
+        self.all_cgroups = cgroup::of_container(&config, id)
+            .map_err(|error| fail("looking at the cgroups", &error))?;
+        self.make_cgroups()?;
         fs::write(
             images.join("descriptors.json"),
             stdio::descriptors(&prestart.stdio),
         )
         .map_err(|error| fail("writing descriptors.json", &error))?;
-        let streams = stdio::open(&self.host.program, &prestart.stdio, &self.home)
+        let streams = stdio::open(&self.host.program, &prestart.stdio, self.home.path())
             .map_err(|error| fail("opening the standard streams", &error))?;
         if lazy {
             let mut command = Command::new(&self.host.program);
@@ -99,12 +100,11 @@ impl Arrival<'_> {
             annotated.as_deref(),
             Some(&self.host.cache.file),
         );
-        let id = self.container.as_str();
         let restore = Restore::prestart(
             &self.host.runc,
             &environment,
-            id,
-            &self.home,
+            self.container.as_str(),
+            self.home.path(),
             &images,
             &work,
             streams,
@@ -123,6 +123,43 @@ impl Arrival<'_> {
         self.journal
             .append(&Record::Leftover(leftover))
             .map_err(|error| fail("journal", &error))
+    }
+
+    /// Makes the container's cgroups, except those that are there and empty. On record before and after: whichever step is the
+    /// last, it is known what was made.
+    fn make_cgroups(&mut self) -> Result<(), (PeerError, String)> {
+        let failed = |path: &Path, error: &dyn std::fmt::Display| {
+            let text = format!("making the cgroup {}: {error}", path.display());
+            (PeerError::RestoreFailed, text)
+        };
+        let mut missing = Vec::new();
+        for path in &self.all_cgroups {
+            if !path.exists() {
+                missing.push(path.clone());
+            } else if cgroup::is_occupied(path).map_err(|error| failed(path, &error))? {
+                let text = format!(
+                    "processes that are not its own are in its cgroup {}: end or move them, or give the container another                      linux.cgroupsPath",
+                    path.display()
+                );
+                return Err((PeerError::RestoreFailed, text));
+            }
+        }
+        for path in &missing {
+            let path_on_record = Leftover::Cgroup { path: path.clone() };
+            self.journal
+                .append(&Record::Leftover(path_on_record))
+                .map_err(|error| failed(path, &error))?;
+        }
+        for path in missing {
+            match cgroup::make(&path).map_err(|error| failed(&path, &error))? {
+                Some(made) => self.made.cgroups.push(made),
+                None => return Err(failed(&path, &"somebody else made it in this moment")),
+            }
+        }
+        let cgroups = self.made.cgroups.clone();
+        self.journal
+            .append(&Record::Leftover(Leftover::MadeCgroups { cgroups }))
+            .map_err(|error| (PeerError::StorageFull, error.to_string()))
     }
 
     fn receiver(&self) -> Result<&Receiver, (PeerError, String)> {
@@ -202,6 +239,11 @@ impl Arrival<'_> {
             return Err((PeerError::Unexpected, "a manifest without prestart".into()));
         };
         let ready = restore.wait_ready().map_err(restore_failed)?;
+        if self.made.record.is_none() {
+            // CRIU waits, so the runtime's record is its own.
+            let directory = self.host.runc.directory(self.container.as_str());
+            self.made.record = inode_of(&directory).ok().flatten();
+        }
         if !debts.is_empty() {
             // Asked only now: a slow runtime makes them late.
             if !self.all_cgroups.iter().any(|path| path.is_dir()) {
@@ -319,23 +361,36 @@ impl Arrival<'_> {
     }
 }
 
-/// The source's `config.json` with the place of the root filesystem here.
+/// The source's `config.json` with the place of the root filesystem here, and the mark of this migration.
 fn config_for(
     prestart: &Prestart,
-    home: &Path,
+    home: &Home,
     requirements: Option<&Requirements>,
 ) -> Result<serde_json::Value, String> {
     let mut config: serde_json::Value =
         serde_json::from_str(&prestart.config).map_err(|error| error.to_string())?;
     let path = match requirements.and_then(|needs| needs.shared_rootfs.as_ref()) {
         Some(shared) => shared.as_str().to_string(),
-        None => home.join("rootfs").display().to_string(),
+        None => home.path().join("rootfs").display().to_string(),
     };
     let root = config
         .get_mut("root")
         .and_then(serde_json::Value::as_object_mut)
         .ok_or("it has no root")?;
     root.insert("path".into(), path.into());
+    let annotations = config
+        .as_object_mut()
+        .ok_or("it is no object")?
+        .entry("annotations")
+        .or_insert_with(|| serde_json::json!({}));
+    // An empty list may be written as null.
+    if annotations.is_null() {
+        *annotations = serde_json::json!({});
+    }
+    annotations
+        .as_object_mut()
+        .ok_or("its annotations are no object")?
+        .insert(MARK.into(), home.migration().to_string().into());
     Ok(config)
 }
 

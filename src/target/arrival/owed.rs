@@ -6,10 +6,12 @@ use crate::migration::JournalId;
 use crate::migration::handoff::target::TargetRecord;
 use crate::migration::handoff::{Course, TargetEvent, TargetState};
 use crate::migration::journal::Record;
+use crate::runtime::home::Home;
 use crate::target::arrivals::Arrivals;
 use crate::target::owing::{Debt, Owing, OwingEvent};
 use crate::target::page_store::{PageStore, PageStoreLimits};
 use crate::target::pager::{Adopted, OwedMemory};
+use crate::target::remains::Made;
 use crate::target::settle::Orphan;
 use crate::wire::message::{self, Fate, Manifest, SpaceOwner};
 use crate::wire::peer_error::PeerError;
@@ -185,6 +187,7 @@ impl<'a> Arrival<'a> {
             journal,
             opened,
             owed,
+            lock,
             adopted,
         } = orphan;
         // Nobody answers on the line that comes along: the pager waits for the source, and for a line of ours when it is back.
@@ -234,8 +237,13 @@ impl<'a> Arrival<'a> {
             signals,
             signal,
             work: opened.work_dir.clone(),
-            home: opened.bundle.clone(),
-            cgroups: Vec::new(),
+            home: Home::new(
+                &host.state_dir,
+                opened.container.as_str(),
+                opened.migration,
+            ),
+            made: Made::default(),
+            lock: Some(lock),
             all_cgroups: Vec::new(),
             owing: Some(Owing::new(Arc::clone(&store), debts)),
             store,
