@@ -115,10 +115,13 @@ impl Copy<'_> {
         }
     }
 
-    /// Kills every process of the copy: stopped is better than wrong.
-    pub fn kill(&self) {
+    /// Kills every process of the copy: stopped is better than wrong. Whether none runs any more.
+    pub fn kill(&self) -> bool {
+        if !self.runc.knows(self.id) {
+            return true;
+        }
         let Ok(container) = self.runc.container(self.id) else {
-            return;
+            return false;
         };
         // A process may fork between listing and killing.
         for _ in 0..100 {
@@ -128,14 +131,18 @@ impl Copy<'_> {
                         let _ = kill(Pid::from_raw(task.pid), Signal::SIGKILL);
                     }
                 }
-                _ => return,
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return false,
+                _ => return true,
             }
+            // Under v1 a frozen task dies when it is thawed.
+            let _ = container.freezer.thaw();
             thread::sleep(Duration::from_millis(10));
         }
         tracing::error!(
             container = self.id,
             "some process of the container does not die"
         );
+        false
     }
 }
 
