@@ -184,7 +184,7 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
     Ok(())
 }
 
-/// Takes over a copy whose agent died while pages were owed to it, and waits on a thread of its own for their source.
+/// Takes over a copy whose agent died before it was complete, and sees it through on a thread of its own.
 fn adopt(agent: &Arc<Agent>, migration: MigrationId, runtime: &Handle) -> Result<(), AgentError> {
     let first = agent.try_adopt(migration);
     let (agent, runtime) = (Arc::clone(agent), runtime.clone());
@@ -224,7 +224,7 @@ enum TriedToAdopt {
 
 /// Ends every migration whose process died: those to here before anyone is let in, so that no commit can meet one that
 /// is being undone; those from here beside the work, for their targets may have to be asked. Returns those to here whose
-/// copy runs and is owed pages.
+/// copy ran and is not complete.
 fn settle_what_a_crash_left(
     journals: &JournalDir,
     state_dir: &Path,
@@ -303,7 +303,7 @@ impl Agent {
             signal: signal.clone(),
         };
         self.arrivals().insert(migration, under_way);
-        tracing::info!(container = %orphan.opened.container, "taken over: it waits for pages and their source");
+        tracing::info!(container = %orphan.opened.container, owed = !orphan.owed.is_empty(), "taken over: it is seen through until it is complete");
         TriedToAdopt::Taken(orphan, signal, signals)
     }
 

@@ -3,7 +3,7 @@
 use crate::journal::{JournalDir, JournalError};
 use crate::migration::MigrationId;
 use crate::migration::event::Side;
-use crate::source::settle::{self as source, Settled};
+use crate::source::settle::{self as source, Settled, Sharing};
 use crate::target::settle as target;
 use crate::wire::message::Fate;
 use std::path::Path;
@@ -35,8 +35,14 @@ pub enum End {
     Running(Option<String>),
     /// The target has not said; the container stays frozen at the source.
     Unknown(String),
-    /// The container lives at the target and lacks pages that are kept at the source.
+    /// The container runs at the target and is not known to be complete there; it is kept at the source.
     Incomplete(String),
+    /// Its copy here was lost before it was complete: the source goes on with what it kept.
+    Lost,
+    /// It goes on here as it was at the switch: its copy was lost at the target.
+    TakenBack,
+    /// Its copy is lost, and it is frozen here until a person says what becomes of it.
+    Stranded,
     /// Something stands in the way.
     Stuck(String),
 }
@@ -44,11 +50,18 @@ pub enum End {
 /// Settles every migration in the journals of `state_dir` that is not settled, and says how each of them ended.
 ///
 /// Migrations that had ended before are not among the findings.
-pub fn recover(state_dir: &Path) -> Result<Vec<Finding>, JournalError> {
+/// The container of migration `resume_source` goes on here if its copy is lost, whatever files they shared.
+pub fn recover(
+    state_dir: &Path,
+    resume_source: Option<MigrationId>,
+) -> Result<Vec<Finding>, JournalError> {
     let mut findings = Vec::new();
     for name in JournalDir::open(state_dir)?.list()? {
         let end = match name.side {
-            Side::Source => source_end(state_dir, name.migration),
+            Side::Source if resume_source == Some(name.migration) => {
+                source_end(state_dir, name.migration, Sharing::GoOn)
+            }
+            Side::Source => source_end(state_dir, name.migration, Sharing::AskPerson),
             Side::Target => target_end(state_dir, name.migration),
         };
         findings.extend(end.map(|end| Finding {
@@ -64,7 +77,7 @@ pub fn recover(state_dir: &Path) -> Result<Vec<Finding>, JournalError> {
 /// may take as long as a connection.
 const LOCK_PATIENCE: Duration = Duration::from_secs(40);
 
-/// Serves every container that moved away from here and lacks pages, until it has them or its target is looked for in vain.
+/// Looks after every container that moved away from here and is not complete, until it is or its target is looked for in vain.
 pub fn resume(state_dir: &Path) -> Result<Vec<Finding>, JournalError> {
     let mut findings = Vec::new();
     for name in JournalDir::open(state_dir)?.list()? {
@@ -73,7 +86,7 @@ pub fn resume(state_dir: &Path) -> Result<Vec<Finding>, JournalError> {
         }
         let deadline = Instant::now() + LOCK_PATIENCE;
         let end = loop {
-            match source_end(state_dir, name.migration) {
+            match source_end(state_dir, name.migration, Sharing::AskPerson) {
                 // The guard tries now and then, and lets go in between.
                 Some(End::Running(_)) if Instant::now() < deadline => {
                     thread::sleep(Duration::from_millis(20));
@@ -90,13 +103,15 @@ pub fn resume(state_dir: &Path) -> Result<Vec<Finding>, JournalError> {
     Ok(findings)
 }
 
-fn source_end(state_dir: &Path, migration: MigrationId) -> Option<End> {
-    Some(match source::settle(state_dir, migration, PATIENCE, None) {
+fn source_end(state_dir: &Path, migration: MigrationId, sharing: Sharing) -> Option<End> {
+    Some(match source::settle_as(state_dir, migration, PATIENCE, sharing, None) {
         Ok(None) => End::Running(None),
         Ok(Some(Settled::Held { by })) => End::Running(Some(by)),
         Ok(Some(Settled::Already)) => return None,
         Ok(Some(Settled::Committed)) => End::Moved,
         Ok(Some(Settled::RolledBack)) => End::RolledBack,
+        Ok(Some(Settled::TakenBack)) => End::TakenBack,
+        Ok(Some(Settled::Stranded)) => End::Stranded,
         Ok(Some(Settled::Unknown { reason })) => End::Unknown(reason),
         Ok(Some(Settled::Incomplete { reason, .. })) => End::Incomplete(reason),
         Err(error) => End::Stuck(error.to_string()),
@@ -109,9 +124,10 @@ fn target_end(state_dir: &Path, migration: MigrationId) -> Option<End> {
         Ok(Some(target::Settled::Held(by))) => End::Running(Some(by)),
         Ok(Some(target::Settled::Already)) => return None,
         Ok(Some(target::Settled::Owing)) => {
-            End::Incomplete("start the agent here, and it takes them in".into())
+            End::Incomplete("start the agent here, and it sees it through".into())
         }
-        Ok(Some(target::Settled::Now(Fate::Committed))) => End::Moved,
+        Ok(Some(target::Settled::Now(Fate::Complete))) => End::Moved,
+        Ok(Some(target::Settled::Now(Fate::Lost))) => End::Lost,
         Ok(Some(target::Settled::Now(_))) => End::RolledBack,
         Err(error) => End::Stuck(error.to_string()),
     })

@@ -14,7 +14,7 @@ use super::quantity::{self, Bandwidth, QuantityError};
 use crate::migration::convergence::Limits;
 use crate::migration::mode::Mode;
 use crate::migration::report::Tracker;
-use crate::migration::{ContainerId, PeerAddress};
+use crate::migration::{ContainerId, MigrationId, PeerAddress};
 use crate::transport::{Fingerprint, PeerName};
 use crate::wire::codec::Compression;
 use crate::wire::message::RootfsMode;
@@ -74,7 +74,7 @@ fn stop(error: &clap::Error) -> Stop {
     disable_help_subcommand = true,
     after_help = "Exit codes: 0 moved (or done), 1 internal error, 2 usage, 3 refused by preflight (nothing touched),\n\
                   4 rolled back (the container goes on here), 5 unknown (the container is frozen here; migrate recover finds out),\n\
-                  6 incomplete (it lives at the target and lacks pages that are kept here; migrate resume goes on)."
+                  6 incomplete (it runs at the target and is not complete there, so it is kept frozen here; migrate resume goes on)."
 )]
 struct Typed {
     #[command(subcommand)]
@@ -184,8 +184,11 @@ enum Command {
     Recover {
         #[command(flatten)]
         state: StateDir,
+        /// Let the container of this migration go on here although its copy, which is lost, may have written to the same files
+        #[arg(long, value_name = "MIGRATION")]
+        resume_source: Option<MigrationId>,
     },
-    /// Go on sending pages to containers that moved away in post-copy and whose link broke
+    /// Go on looking after containers that moved away and whose link broke before they were complete
     Resume {
         #[command(flatten)]
         state: StateDir,
@@ -349,8 +352,12 @@ impl From<Command> for Plan {
                 runtime_root,
                 log: log_format,
             }),
-            Command::Recover { state } => Plan::Recover {
+            Command::Recover {
+                state,
+                resume_source,
+            } => Plan::Recover {
                 state_dir: state.state_dir,
+                resume_source,
             },
             Command::Resume { state } => Plan::Resume {
                 state_dir: state.state_dir,
@@ -461,9 +468,19 @@ mod tests {
         assert_eq!(
             plan("recover"),
             Ok(Plan::Recover {
-                state_dir: "/var/lib/migrate".into()
+                state_dir: "/var/lib/migrate".into(),
+                resume_source: None,
             })
         );
+        let migration = "07070707070707070707070707070707";
+        assert_eq!(
+            plan(&format!("recover --resume-source {migration}")),
+            Ok(Plan::Recover {
+                state_dir: "/var/lib/migrate".into(),
+                resume_source: Some(migration.parse().expect("a migration")),
+            })
+        );
+        assert!(plan("recover --resume-source web").is_err());
         assert_eq!(
             plan("resume --state-dir /s"),
             Ok(Plan::Resume {

@@ -10,6 +10,8 @@ use crate::migration::event::Side;
 use crate::migration::report::{Outcome, Report, Tracker};
 use crate::recover::{End, Finding, recover, resume};
 use crate::source::guard;
+use crate::source::run::resume_source;
+use crate::source::settle::{LOST, is_known};
 use crate::source::tracker::TrackerKind;
 use crate::target::stdio;
 use anyhow::Context;
@@ -101,11 +103,12 @@ fn complain(plan: &MovePlan, report: &Report) {
             plan.state_dir.display()
         ),
         Outcome::Incomplete { reason } => format!(
-            "{} lives at {} and lacks pages that are kept frozen here: {reason}; go on with: migrate resume --state-dir {}",
+            "{} runs at {}, which has not said that every page is in its place and every file on disk; it is kept frozen here: {reason}; go on with: migrate resume --state-dir {}",
             report.container,
             report.target,
             plan.state_dir.display()
         ),
+        Outcome::Stranded { reason } => stranded(&report.container.to_string(), reason, &plan.state_dir, report.migration),
     };
     eprintln!("migrate: {complaint}");
 }
@@ -160,14 +163,32 @@ pub fn run_agent(plan: &AgentPlan) -> anyhow::Result<ExitCode> {
     Ok(Exit::Done.into())
 }
 
+/// What a person is told who has to decide.
+fn stranded(container: &str, reason: &str, state_dir: &Path, migration: MigrationId) -> String {
+    format!(
+        "{container} is kept frozen here, and it may have written to files that both hosts use: {reason}; let it go on with: {}; or delete it",
+        resume_source(state_dir, migration)
+    )
+}
+
 /// `migrate recover`
-pub fn recover_all(state_dir: &Path, out: &mut impl Write) -> anyhow::Result<ExitCode> {
+pub fn recover_all(
+    state_dir: &Path,
+    resume_source: Option<MigrationId>,
+    out: &mut impl Write,
+) -> anyhow::Result<ExitCode> {
     log_to_stderr(LogFormat::Human, "warn");
-    let findings = recover(state_dir)?;
+    if let Some(migration) = resume_source
+        && !is_known(state_dir, migration)
+    {
+        eprintln!("migrate: no migration {migration} from here");
+        return Ok(Exit::Usage.into());
+    }
+    let findings = recover(state_dir, resume_source)?;
     if findings.is_empty() {
         writeln!(out, "nothing to recover")?;
     }
-    tell(findings, out)
+    tell(state_dir, findings, out)
 }
 
 /// `migrate resume`
@@ -175,12 +196,12 @@ pub fn resume_serving(state_dir: &Path, out: &mut impl Write) -> anyhow::Result<
     log_to_stderr(LogFormat::Human, "warn");
     let findings = resume(state_dir)?;
     if findings.is_empty() {
-        writeln!(out, "no container that moved away from here lacks pages")?;
+        writeln!(out, "no container that moved away from here needs anything of it")?;
     }
-    tell(findings, out)
+    tell(state_dir, findings, out)
 }
 
-fn tell(findings: Vec<Finding>, out: &mut impl Write) -> anyhow::Result<ExitCode> {
+fn tell(state_dir: &Path, findings: Vec<Finding>, out: &mut impl Write) -> anyhow::Result<ExitCode> {
     let mut exits = Vec::with_capacity(findings.len());
     for finding in findings {
         let side = match finding.side {
@@ -193,10 +214,20 @@ fn tell(findings: Vec<Finding>, out: &mut impl Write) -> anyhow::Result<ExitCode
             End::RolledBack => done("rolled back, the container lives at the source"),
             End::Running(None) => done("still running, left alone"),
             End::Running(Some(who)) => done(&format!("still running, left alone: {who}")),
+            End::Lost => done(
+                "the copy here was lost before it was complete: it is gone, and the source goes on with what it kept",
+            ),
+            End::TakenBack => done(
+                "the copy was lost at the target: the container goes on here as it was at the switch",
+            ),
+            End::Stranded => (
+                Exit::Incomplete,
+                stranded("the container", LOST, state_dir, finding.migration),
+            ),
             End::Incomplete(reason) => (
                 Exit::Incomplete,
                 format!(
-                    "the container lives at the target and lacks pages that are kept at the source: {reason}"
+                    "the container runs at the target and is not complete there; it is kept frozen at the source: {reason}"
                 ),
             ),
             End::Unknown(reason) => (

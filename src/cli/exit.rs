@@ -20,7 +20,8 @@ pub enum Exit {
     RolledBack = 4,
     /// The target's answer to commit is missing; the container is frozen at the source. `migrate recover` finds out.
     Unknown = 5,
-    /// The container lives at the target and lacks pages that are kept frozen at the source. `migrate resume` goes on.
+    /// The container runs at the target, which has not said that it is complete there, or was lost there; it is kept frozen at
+    /// the source. `migrate resume` goes on, or a person decides.
     Incomplete = 6,
 }
 
@@ -32,7 +33,7 @@ impl Exit {
             Outcome::Refused { .. } => Exit::Refused,
             Outcome::RolledBack { .. } => Exit::RolledBack,
             Outcome::Unknown { .. } => Exit::Unknown,
-            Outcome::Incomplete { .. } => Exit::Incomplete,
+            Outcome::Incomplete { .. } | Outcome::Stranded { .. } => Exit::Incomplete,
         }
     }
 }
@@ -64,6 +65,7 @@ mod tests {
             ),
             (Outcome::Unknown { reason: said() }, 5),
             (Outcome::Incomplete { reason: said() }, 6),
+            (Outcome::Stranded { reason: said() }, 6),
         ] {
             assert_eq!(Exit::of(&outcome) as u8, code, "{outcome:?}");
         }

@@ -50,7 +50,10 @@ pub fn run(plan: Plan) -> anyhow::Result<ExitCode> {
         Plan::Move(plan) => return engine::move_container(&plan),
         Plan::Check(plan) => return check::check(&plan, &mut out),
         Plan::Agent(plan) => return engine::run_agent(&plan),
-        Plan::Recover { state_dir } => return engine::recover_all(&state_dir, &mut out),
+        Plan::Recover {
+            state_dir,
+            resume_source,
+        } => return engine::recover_all(&state_dir, resume_source, &mut out),
         Plan::Resume { state_dir } => return engine::resume_serving(&state_dir, &mut out),
         Plan::Guard(arguments) => return engine::run_guard(&arguments),
         Plan::Stdio(arguments) => return engine::run_stdio(&arguments),

@@ -9,7 +9,7 @@ use super::quantity::Bandwidth;
 use crate::migration::convergence::Limits;
 use crate::migration::mode::Mode;
 use crate::migration::report::Tracker;
-use crate::migration::{ContainerId, PeerAddress};
+use crate::migration::{ContainerId, MigrationId, PeerAddress};
 use crate::transport::{Fingerprint, PeerName};
 use crate::wire::codec::Compression;
 use crate::wire::message::RootfsMode;
@@ -34,6 +34,8 @@ pub enum Plan {
     Recover {
         /// Whose journals to read.
         state_dir: PathBuf,
+        /// The migration whose frozen container a person lets go on.
+        resume_source: Option<MigrationId>,
     },
     /// `migrate resume`
     Resume {

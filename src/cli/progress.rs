@@ -195,7 +195,7 @@ pub fn show(event: &TimedEvent, width: Option<usize>) -> Vec<Shown> {
             reason,
             how_to_go_on,
         } => line(format!(
-            "incomplete: {reason}; the missing pages are kept here until `{how_to_go_on}` brings them"
+            "incomplete: {reason}; the container is kept frozen here until `{how_to_go_on}`"
         )),
         Event::RolledBack {
             reason, downtime, ..

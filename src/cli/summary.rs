@@ -101,7 +101,12 @@ fn outcome(report: &Report) -> String {
         }
         Outcome::Incomplete { reason } => {
             format!(
-                "{container} lives at {target} and lacks pages that are kept here: {reason}. When the link is back, run: migrate resume"
+                "{container} runs at {target}, and what it may need is kept here: {reason}. When the link is back, run: migrate resume"
+            )
+        }
+        Outcome::Stranded { reason } => {
+            format!(
+                "{container} was lost at {target} and is frozen here: {reason}. Both used the same files: say what becomes of it"
             )
         }
     }

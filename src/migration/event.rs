@@ -164,7 +164,8 @@ pub enum Event {
         /// Faults answered so far.
         faults: u64,
     },
-    /// Post-copy: the connection is lost while pages are owed; the container waits where it touches one.
+    /// The connection is lost before the target said that its copy is complete. In post-copy the container waits where it
+    /// touches a page that is owed.
     LinkLost {
         /// What happened, one line.
         reason: String,
@@ -172,7 +173,7 @@ pub enum Event {
         #[serde(rename = "patience_ms", with = "millis")]
         patience: Duration,
     },
-    /// Post-copy: connected again; the pages still missing are sent.
+    /// Connected again; in post-copy the pages still missing are sent.
     LinkBack {
         /// How long the link was away.
         #[serde(rename = "duration_ms", with = "millis")]
@@ -184,7 +185,8 @@ pub enum Event {
         #[serde(rename = "duration_ms", with = "millis")]
         duration: Duration,
     },
-    /// Post-copy: the target was looked for long enough. What it is owed is kept frozen here.
+    /// The target was looked for long enough, or its copy is lost and a person has to say what becomes of what is here. It is
+    /// kept frozen.
     Incomplete {
         /// What happened, one line.
         reason: String,

@@ -27,18 +27,20 @@ pub enum Record {
     Deciding {
         /// The journal that holds the target's `prepared`.
         target_journal: JournalId,
-        /// What the target will still need of the frozen container when its copy runs; empty unless post-copy was chosen.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        owing: Option<Owing>,
+        /// What becomes of the frozen container while the copy runs and is not complete.
+        #[serde(default)]
+        owing: Owing,
     },
-    /// Source: the copy runs and is owed pages, so what is frozen here must stay.
+    /// Source: the copy runs and is not complete, so what is frozen here must stay.
     Serving,
     /// Target: the copy is held; all of it is here but what it is owed. Written before the source is told.
     Prepared,
-    /// Target: the copy may run. Source: the copy runs and is whole, what is frozen here must die.
+    /// Target: the copy may run. Source: the copy is complete, what is frozen here must die.
     Committed,
     /// Target: the copy runs.
     Released,
+    /// Target: the copy will run before every page is in its place; a pager brings them. Written before `prepared`.
+    Paged,
     /// Target: the copy will run before it is whole. Written before `prepared`.
     Owed {
         /// The processes that are owed pages, and what their memory is called on the wire.
@@ -46,6 +48,10 @@ pub enum Record {
     },
     /// Target: the copy is owed nothing any more.
     Whole,
+    /// Target: every page of the copy is in its place and its files are on disk. Written before the source is told.
+    Complete,
+    /// Target: the copy ran, was lost before it was complete, and can never run again. Written before the source is told.
+    Lost,
     /// Target: there is no copy and never will be.
     Aborted,
     /// Source: the container goes on here.
@@ -131,17 +137,20 @@ pub struct Inode {
     pub number: u64,
 }
 
-/// What a source needs to send owed pages after a crash.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What a source needs after a crash to see a copy through that runs and is not complete.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Owing {
-    /// The frozen processes whose pages are owed. Which pages these are the target knows.
+    /// The frozen processes whose pages are owed; none unless post-copy was chosen. Which pages these are the target knows.
     pub spaces: Vec<OwingSpace>,
     /// How long a lost target is looked for before it is left to `migrate resume`, in seconds.
     pub reconnect_s: u64,
     /// The most to send, in bytes a second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth_limit: Option<NonZeroU64>,
+    /// The copy may write to files that the frozen container uses too: if it is lost, a person says what becomes of both.
+    #[serde(default)]
+    pub shares_files: bool,
 }
 
 /// One address space that owes pages.
@@ -266,7 +275,7 @@ pub struct RecoveredSource {
     pub last: SourceRecord,
     /// The journal that holds the target's `prepared`, if it came to deciding.
     pub target_journal: Option<JournalId>,
-    /// What the target needs of the frozen container, if it came to deciding in post-copy.
+    /// What becomes of the frozen container until the copy is complete, if it came to deciding.
     pub owing: Option<Owing>,
 }
 
@@ -279,6 +288,8 @@ pub struct RecoveredTarget {
     pub leftovers: Vec<Leftover>,
     /// Where the handover stood.
     pub last: TargetRecord,
+    /// A pager brings pages to their places when the copy runs.
+    pub paged: bool,
     /// The processes that may need pages that only the source has; empty when the copy is whole.
     pub owed: Vec<OwedTask>,
 }
@@ -344,20 +355,22 @@ fn fold_source(opened: &SourceOpened, rest: &[Record]) -> Result<RecoveredSource
                 },
             ) => {
                 found.target_journal = Some(*target_journal);
-                found.owing = owing.clone();
+                found.owing = Some(owing.clone());
                 SourceRecord::Deciding
             }
-            (SourceRecord::Deciding | SourceRecord::Serving, Record::Serving)
-                if found.owing.is_some() =>
-            {
+            (SourceRecord::Deciding | SourceRecord::Serving, Record::Serving) => {
                 SourceRecord::Serving
             }
             (
                 SourceRecord::Deciding | SourceRecord::Serving | SourceRecord::Committed,
                 Record::Committed,
             ) => SourceRecord::Committed,
+            // Also after `serving`: the target has said that its copy is lost.
             (
-                SourceRecord::Opened | SourceRecord::Deciding | SourceRecord::RolledBack,
+                SourceRecord::Opened
+                | SourceRecord::Deciding
+                | SourceRecord::Serving
+                | SourceRecord::RolledBack,
                 Record::RolledBack,
             ) => SourceRecord::RolledBack,
             // Closing may be all that is recorded if writing `committed` failed.
@@ -379,6 +392,7 @@ fn fold_target(opened: &TargetOpened, rest: &[Record]) -> Result<RecoveredTarget
         opened: opened.clone(),
         leftovers: Vec::new(),
         last: TargetRecord::Opened,
+        paged: false,
         owed: Vec::new(),
     };
     for (index, record) in rest.iter().enumerate() {
@@ -392,6 +406,10 @@ fn fold_target(opened: &TargetOpened, rest: &[Record]) -> Result<RecoveredTarget
             (TargetRecord::Committed | TargetRecord::Released, Record::Released) => {
                 TargetRecord::Released
             }
+            (TargetRecord::Opened, Record::Paged) => {
+                found.paged = true;
+                TargetRecord::Opened
+            }
             (TargetRecord::Opened, Record::Owed { tasks }) => {
                 found.owed = tasks.clone();
                 TargetRecord::Opened
@@ -401,8 +419,23 @@ fn fold_target(opened: &TargetOpened, rest: &[Record]) -> Result<RecoveredTarget
                 found.owed = Vec::new();
                 TargetRecord::Released
             }
+            // Written twice if the first could not be said to be on disk.
+            (
+                TargetRecord::Committed | TargetRecord::Released | TargetRecord::Complete,
+                Record::Complete,
+            ) => TargetRecord::Complete,
+            (
+                TargetRecord::Committed | TargetRecord::Released | TargetRecord::Lost,
+                Record::Lost,
+            ) => TargetRecord::Lost,
             // Also after `committed`: a release that failed before anything ran is taken back.
-            (last, Record::Aborted) if last != TargetRecord::Released => TargetRecord::Aborted,
+            (
+                TargetRecord::Opened
+                | TargetRecord::Prepared
+                | TargetRecord::Committed
+                | TargetRecord::Aborted,
+                Record::Aborted,
+            ) => TargetRecord::Aborted,
             (last, record) => return Err(out_of_order(index, record, last)),
         };
     }
@@ -429,8 +462,11 @@ impl Record {
             Record::Prepared => "prepared",
             Record::Committed => "committed",
             Record::Released => "released",
+            Record::Paged => "paged",
             Record::Owed { .. } => "owed",
             Record::Whole => "whole",
+            Record::Complete => "complete",
+            Record::Lost => "lost",
             Record::Aborted => "aborted",
             Record::RolledBack => "rolled_back",
             Record::Closed => "closed",
@@ -486,14 +522,14 @@ pub(crate) mod examples {
     pub(crate) fn deciding() -> Record {
         Record::Deciding {
             target_journal: JournalId::from_bytes([9; 16]),
-            owing: None,
+            owing: Owing::default(),
         }
     }
 
     pub(crate) fn deciding_in_post_copy() -> Record {
         Record::Deciding {
             target_journal: JournalId::from_bytes([9; 16]),
-            owing: Some(Owing {
+            owing: Owing {
                 spaces: vec![OwingSpace {
                     space: SpaceId(3),
                     process: ProcessName {
@@ -503,7 +539,8 @@ pub(crate) mod examples {
                 }],
                 reconnect_s: 300,
                 bandwidth_limit: None,
-            }),
+                shares_files: false,
+            },
         }
     }
 }
@@ -539,6 +576,7 @@ mod tests {
             source_opened(),
             leftover(),
             deciding(),
+            Record::Serving,
             Record::Committed,
             Record::Closed,
         ];
@@ -546,6 +584,7 @@ mod tests {
             SourceRecord::Opened,
             SourceRecord::Opened,
             SourceRecord::Deciding,
+            SourceRecord::Serving,
             SourceRecord::Committed,
             SourceRecord::Closed,
         ];
@@ -558,6 +597,8 @@ mod tests {
             Record::Committed,
             leftover(),
             Record::Released,
+            Record::Complete,
+            Record::Complete,
         ];
         let stood = [
             TargetRecord::Opened,
@@ -565,6 +606,8 @@ mod tests {
             TargetRecord::Committed,
             TargetRecord::Committed,
             TargetRecord::Released,
+            TargetRecord::Complete,
+            TargetRecord::Complete,
         ];
         for (count, expected) in (1..).zip(stood) {
             assert_eq!(last_target(&target[..count]), expected);
@@ -603,7 +646,6 @@ mod tests {
             panic!("a good journal was refused");
         };
         assert_eq!(found.owing.map(|owing| owing.spaces.len()), Some(1));
-        assert!(fold(&[source_opened(), deciding(), Record::Serving]).is_err());
 
         let target = [
             target_opened(),
@@ -612,14 +654,38 @@ mod tests {
             Record::Committed,
             Record::Released,
             Record::Whole,
+            Record::Complete,
         ];
-        for (count, expected) in (1..).zip([false, true, true, true, true, false]) {
+        for (count, expected) in (1..).zip([false, true, true, true, true, false, false]) {
             let Ok(Recovered::Target(found)) = fold(&target[..count]) else {
                 panic!("a good journal was refused");
             };
             assert_eq!(!found.owed.is_empty(), expected, "{count} records");
         }
         assert!(fold(&[target_opened(), Record::Prepared, owed()]).is_err());
+    }
+
+    #[test]
+    fn a_copy_that_was_lost_gives_the_container_back_and_one_that_is_complete_never_does() {
+        let back = [
+            source_opened(),
+            deciding(),
+            Record::Serving,
+            Record::RolledBack,
+        ];
+        assert_eq!(last_source(&back), SourceRecord::RolledBack);
+        let ran = [
+            target_opened(),
+            Record::Paged,
+            Record::Prepared,
+            Record::Committed,
+            Record::Released,
+        ];
+        let then = |last: &[Record]| [&ran[..], last].concat();
+        assert_eq!(last_target(&then(&[Record::Lost])), TargetRecord::Lost);
+        assert!(fold(&then(&[Record::Lost, Record::Complete])).is_err());
+        assert!(fold(&then(&[Record::Complete, Record::Lost])).is_err());
+        assert!(fold(&[target_opened(), Record::Prepared, Record::Lost]).is_err());
     }
 
     #[test]

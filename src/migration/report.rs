@@ -97,8 +97,15 @@ pub enum Outcome {
         /// What happened, one line.
         reason: String,
     },
-    /// The container lives at the target and waits there for pages that only the source has, where it is kept frozen.
+    /// The container runs at the target, which has not said that it has every page in place and every file on disk; at the
+    /// source it is kept frozen.
     Incomplete {
+        /// What happened, one line.
+        reason: String,
+    },
+    /// The copy at the target was lost, and it may have written to files that both used: the container is kept frozen at the
+    /// source until a person says what becomes of it.
+    Stranded {
         /// What happened, one line.
         reason: String,
     },

@@ -87,7 +87,7 @@ pub fn watch(state_dir: &Path, migration: MigrationId) {
                 // A target that took pages is looked for anew.
                 lost = lost.filter(|_| !served);
                 if lost.get_or_insert_with(Instant::now).elapsed() > patience {
-                    tracing::error!(%reason, "pages of a container that moved are still here; go on with: migrate resume");
+                    tracing::error!(%reason, "a container that moved is not complete and is still kept here; go on with: migrate resume");
                     return;
                 }
                 // `migrate resume` may want the container.
@@ -95,6 +95,10 @@ pub fn watch(state_dir: &Path, migration: MigrationId) {
                     Some(lock) => lock.lend(settle::PAUSE),
                     None => thread::sleep(settle::PAUSE),
                 }
+            }
+            Ok(Some(Settled::Stranded)) => {
+                tracing::error!("{}; go on with: migrate recover", settle::LOST);
+                return;
             }
             // The lock of a process that was just killed may outlive its end of our pipe for a moment: the kernel drops
             // both in no particular order. `migrate recover` may have it too, and leave the question open.

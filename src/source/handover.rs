@@ -63,9 +63,6 @@ const UNKNOWN_PATIENCE: Duration = Duration::from_secs(30);
 /// How long a target that was told to abort may take to say that it did.
 const ABORT_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long the news that the last page is in its place is waited for.
-const FILL_PATIENCE: Duration = Duration::from_secs(120);
-
 /// What reaches the handover from outside.
 #[derive(Debug)]
 pub enum Signal {
@@ -142,12 +139,11 @@ pub struct Handover<'a, S> {
     /// Dirty pages that wait for the dump to say whether they can be owed.
     put_off: BTreeMap<SpaceId, PageSet>,
     owed: Vec<PagesToSend>,
-    owing: Option<Owing>,
+    owing: Owing,
     server: Option<Serving>,
     /// The server has ended well: every owed page has arrived, and the target is about to say so.
     served: bool,
     progress: Option<Arc<ServeProgress>>,
-    whole: bool,
     lost: Option<Instant>,
     committed_told: bool,
     serving_told: Option<Instant>,
@@ -248,11 +244,10 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             held_back: BTreeMap::new(),
             put_off: BTreeMap::new(),
             owed: Vec::new(),
-            owing: None,
+            owing: Owing::default(),
             server: None,
             served: false,
             progress: None,
-            whole: false,
             lost: None,
             committed_told: false,
             serving_told: None,
@@ -366,7 +361,9 @@ impl<'a, S: FrameSink> Handover<'a, S> {
                 }
             } else if let Some(event) = self.queue.pop_front() {
                 self.take(event);
-            } else if self.course.state().is_settled() {
+            } else if self.course.state().is_settled()
+                || self.course.state() == SourceState::Stranded
+            {
                 break;
             } else {
                 let event = self.next_event();
@@ -388,7 +385,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
         }
         if matches!(
             self.course.state(),
-            SourceState::Unknown | SourceState::Serving
+            SourceState::Unknown | SourceState::Serving | SourceState::Stranded
         ) {
             // It stays as it is for whoever learns the truth: frozen, and held by a hook that reads the journal.
             if let Some(frozen) = self.frozen.take() {
@@ -396,14 +393,10 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             }
             std::mem::forget(self.hold.take());
         }
-        if self.course.state() == SourceState::Committed {
-            self.wait_until_filled();
-        }
         if let Some(link) = self.link.take() {
-            let why = if self.course.state() == SourceState::Committed {
-                PeerError::Done
-            } else {
-                PeerError::SourceAborted
+            let why = match self.course.state() {
+                SourceState::Committed | SourceState::Stranded => PeerError::Done,
+                _ => PeerError::SourceAborted,
             };
             link.close(why);
         }
@@ -415,16 +408,6 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             self.ended.bytes_owed = served.pushed_bytes + served.answered_bytes;
         }
         (self.course.state(), self.ended, self.timeline)
-    }
-
-    /// The container runs at the target; what is left is to learn when its last page was in its place.
-    fn wait_until_filled(&mut self) {
-        let deadline = Instant::now() + FILL_PATIENCE;
-        while self.link.is_some() && self.ended.filled.is_none() && Instant::now() < deadline {
-            if let Ok(signal) = self.signals.recv_timeout(Duration::from_millis(50)) {
-                self.event_of(signal);
-            }
-        }
     }
 
     fn take(&mut self, event: SourceEvent) {
@@ -545,9 +528,15 @@ impl<'a, S: FrameSink> Handover<'a, S> {
                 let mut times = self.timeline.target_times();
                 times.resume = Duration::from_micros(committed.resume_us);
                 self.timeline.set_target_times(times);
-                Some(self.who_runs())
+                Some(SourceEvent::TargetSaysServing)
             }
-            Message::Whole(whole) => self.heard_whole(whole),
+            Message::Whole(whole) => {
+                self.heard_whole(whole);
+                None
+            }
+            Message::Outcome(outcome) if Some(outcome.journal) == self.target_journal => {
+                self.heard_outcome(outcome.fate)
+            }
             Message::RolledBack(said) => {
                 self.because(format!(
                     "the target rolled back: {}: {}",
@@ -669,12 +658,12 @@ impl<'a, S: FrameSink> Handover<'a, S> {
         let (event, reason) = question.ask();
         if matches!(
             event,
-            SourceEvent::TargetSaysCommitted | SourceEvent::TargetSaysServing
+            SourceEvent::TargetSaysComplete | SourceEvent::TargetSaysServing
         ) {
             self.mark(Mark::Committed);
         }
         self.because(reason);
-        event.unless_nothing_is_owed(self.owed.is_empty())
+        self.if_lost(event)
     }
 
     /// Does a step whose failure rolls back.

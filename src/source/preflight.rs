@@ -385,26 +385,33 @@ fn memory_limit(spec: &Value) -> Option<u64> {
         .and_then(Value::as_u64)
 }
 
+/// The mounts of `config.json` that are host paths, and the options of each.
+fn bind_mounts(spec: &Value) -> impl Iterator<Item = (&Value, &[Value])> {
+    let mounts = spec.get("mounts").and_then(Value::as_array);
+    mounts
+        .map_or(&[][..], Vec::as_slice)
+        .iter()
+        .map(|mount| {
+            let options = mount.get("options").and_then(Value::as_array);
+            (mount, options.map_or(&[][..], Vec::as_slice))
+        })
+        .filter(|(mount, options)| {
+            mount.get("type").and_then(Value::as_str) == Some("bind")
+                || options
+                    .iter()
+                    .any(|option| option == "bind" || option == "rbind")
+        })
+}
+
+/// Whether the container can write to host paths, which are the same files at both ends of a migration.
+pub fn writes_to_bind_mounts(spec: &Value) -> bool {
+    bind_mounts(spec).any(|(_, options)| !options.iter().any(|option| option == "ro"))
+}
+
 /// Host paths that `config.json` mounts into the container.
 fn bind_sources(spec: &Value, refusals: &mut Vec<String>) -> Vec<AbsolutePath> {
-    let mounts = spec
-        .get("mounts")
-        .and_then(Value::as_array)
-        .map_or(&[][..], Vec::as_slice);
     let mut sources = Vec::new();
-    for mount in mounts {
-        let is_bind = mount.get("type").and_then(Value::as_str) == Some("bind")
-            || mount
-                .get("options")
-                .and_then(Value::as_array)
-                .is_some_and(|options| {
-                    options
-                        .iter()
-                        .any(|option| option == "bind" || option == "rbind")
-                });
-        if !is_bind {
-            continue;
-        }
+    for (mount, _) in bind_mounts(spec) {
         let source = mount
             .get("source")
             .and_then(Value::as_str)

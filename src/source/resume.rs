@@ -1,8 +1,9 @@
-//! Post-copy at the source, when a connection was lost or the process that served has died: connect again and go on.
+//! At the source, when a copy that runs is not complete, and a connection was lost or the process that served has died: connect
+//! again and go on.
 //!
 //! ```text
-//!  Resume ──▶  Resumed: the target says which owed pages it still lacks ─▶ they are sent ─▶ Whole
-//!         ──▶  Outcome: it lacks nothing any more, or there is nobody left to send pages to
+//!  Resume ──▶  Resumed ─▶ owed pages that the target still lacks are sent, if any ─▶ Outcome: complete, or lost
+//!         ──▶  Outcome: it was already
 //! ```
 //!
 //! A running migration does this after its connection broke, the guard and `migrate resume` after its process ended. The
@@ -10,14 +11,14 @@
 
 use super::link::{Link, LinkError};
 use super::serve::{PageServer, ServeError, Served};
-use super::settle::connector;
+use super::settle::{connector, meaning};
 use crate::migration::handoff::SourceEvent;
 use crate::migration::journal::{Owing, OwingSpace};
 use crate::migration::{JournalId, MigrationId, PeerAddress};
 use crate::runtime::Task;
 use crate::transport::{Settings, TransportError};
 use crate::wire::codec::Compression;
-use crate::wire::message::{Fate, Message, Resume, Whole};
+use crate::wire::message::{Filled, Message, Outcome, Resume, Whole};
 use crate::wire::peer_error::PeerError;
 use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -29,6 +30,9 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How often is told how far the serving is.
 const PROGRESS_PERIOD: Duration = Duration::from_millis(500);
+
+/// How long the target may take to say that every owed page has arrived, when it has them.
+const WHOLE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Whom to send owed pages to, and whose.
 #[derive(Clone, Copy, Debug)]
@@ -50,12 +54,14 @@ pub struct Owed<'a> {
 /// What is told while pages are sent.
 #[derive(Clone, Debug)]
 pub enum Told {
-    /// The target is there and lacks pages.
+    /// The target is there and not complete.
     Connected,
     /// So far.
     Progress(Served),
-    /// The target lacks nothing any more.
+    /// Every owed page has arrived.
     Whole(Whole),
+    /// Every page is in its place.
+    Filled(Filled),
 }
 
 /// Why pages cannot be sent for now.
@@ -82,8 +88,8 @@ pub enum ServingError {
 }
 
 impl Owed<'_> {
-    /// Connects, and serves until the target has every page or the connection breaks. What the target said last is the
-    /// event; the text says more, for people.
+    /// Connects, serves, and waits until the copy is complete or lost, or the connection breaks. What the target said last is
+    /// the event; the text says more, for people.
     pub fn serve(&self, tell: &mut dyn FnMut(Told)) -> (SourceEvent, String) {
         match self.try_serve(tell) {
             Ok(answer) => answer,
@@ -95,12 +101,6 @@ impl Owed<'_> {
     }
 
     fn try_serve(&self, tell: &mut dyn FnMut(Told)) -> Result<(SourceEvent, String), ServingError> {
-        let gone = self.owing.spaces.iter().find(|space| !is_there(space));
-        if let Some(space) = gone {
-            return Err(ServingError::ProcessGone {
-                pid: space.process.pid,
-            });
-        }
         let (heard, signals) = mpsc::channel::<Result<Message, TransportError>>();
         let settings = Settings {
             bandwidth_limit: self.owing.bandwidth_limit,
@@ -117,53 +117,47 @@ impl Owed<'_> {
         link.say(Resume {
             migration: self.migration,
         })?;
-        match signals.recv_timeout(ANSWER_PATIENCE) {
-            Ok(Ok(Message::Resumed(_))) => {}
+        let owed = match signals.recv_timeout(ANSWER_PATIENCE) {
+            Ok(Ok(Message::Resumed(resumed))) => resumed.owed,
             Ok(Ok(Message::Outcome(outcome))) => {
                 link.close(PeerError::Done);
-                if outcome.journal != self.target_journal {
-                    return Err(ServingError::OtherJournal);
-                }
-                return Ok(match outcome.fate {
-                    Fate::Committed => {
-                        tell(Told::Whole(Whole::default()));
-                        (SourceEvent::TargetSaysCommitted, "it is whole".into())
-                    }
-                    Fate::Lost => return Err(ServingError::Answer(LOST.into())),
-                    fate => return Err(ServingError::Answer(format!("{fate:?}"))),
-                });
+                return Ok(self.meaning(outcome));
             }
             Ok(Ok(other)) => return Err(ServingError::Answer(other.name().into())),
             Ok(Err(error)) => return Err(LinkError::from(error).into()),
             Err(_) => return Err(ServingError::Answer("nothing".into())),
-        }
-        let spaces: Vec<_> = self
-            .owing
-            .spaces
-            .iter()
-            .map(|owing| (owing.space, owing.process.pid))
-            .collect();
-        let server = PageServer::resume(&spaces, Compression::Auto)?;
-        let progress = server.progress();
-        let mut serving = Some(server.attach(link.connection())?);
+        };
+        let (mut serving, progress) = if owed {
+            let server = self.server()?;
+            let progress = server.progress();
+            (Some(server.attach(link.connection())?), Some(progress))
+        } else {
+            (None, None)
+        };
         tell(Told::Connected);
         let mut told = Instant::now();
-        let mut answer_by: Option<Instant> = None;
+        let mut whole_by: Option<Instant> = None;
         loop {
             match signals.recv_timeout(Duration::from_millis(50)) {
-                Ok(Ok(Message::Whole(whole))) => {
-                    tell(Told::Whole(whole));
+                Ok(Ok(Message::Outcome(outcome))) => {
                     drop(serving);
                     link.close(PeerError::Done);
-                    return Ok((SourceEvent::TargetSaysCommitted, "it is whole".into()));
+                    return Ok(self.meaning(outcome));
                 }
+                Ok(Ok(Message::Whole(whole))) => {
+                    tell(Told::Whole(whole));
+                    whole_by = None;
+                }
+                Ok(Ok(Message::Filled(filled))) => tell(Told::Filled(filled)),
                 Ok(Ok(_)) | Err(RecvTimeoutError::Timeout) => {}
                 Ok(Err(error)) => return Err(LinkError::from(error).into()),
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(LinkError::from(TransportError::ClosedHere).into());
                 }
             }
-            if told.elapsed() > PROGRESS_PERIOD {
+            if let Some(progress) = &progress
+                && told.elapsed() > PROGRESS_PERIOD
+            {
                 told = Instant::now();
                 tell(Told::Progress(progress.now()));
             }
@@ -171,17 +165,42 @@ impl Owed<'_> {
                 let (_, served) = over.wait();
                 // All was sent and has arrived: the target says so on the other stream.
                 served?;
-                answer_by = Some(Instant::now() + ANSWER_PATIENCE);
+                whole_by = Some(Instant::now() + WHOLE_PATIENCE);
             }
-            if answer_by.is_some_and(|by| Instant::now() > by) {
+            if whole_by.is_some_and(|by| Instant::now() > by) {
                 return Err(ServingError::Answer("nothing".into()));
             }
         }
     }
-}
 
-const LOST: &str = "that the copy ended while pages were missing; what is frozen here is the container as it was at the switch \
-     (thaw it to go back to that, or delete it)";
+    fn server(&self) -> Result<PageServer, ServingError> {
+        let gone = self.owing.spaces.iter().find(|space| !is_there(space));
+        if let Some(space) = gone {
+            return Err(ServingError::ProcessGone {
+                pid: space.process.pid,
+            });
+        }
+        let spaces: Vec<_> = self
+            .owing
+            .spaces
+            .iter()
+            .map(|owing| (owing.space, owing.process.pid))
+            .collect();
+        Ok(PageServer::resume(&spaces, Compression::Auto)?)
+    }
+
+    /// What an outcome means while the copy is not known to be complete.
+    fn meaning(&self, outcome: Outcome) -> (SourceEvent, String) {
+        let event = match meaning(self.target_journal, outcome.journal, outcome.fate) {
+            // It was said to run before.
+            SourceEvent::TargetSaysServing | SourceEvent::TargetSaysRolledBack => {
+                SourceEvent::TargetSaysPending
+            }
+            event => event,
+        };
+        (event, format!("the target says {:?}", outcome.fate))
+    }
+}
 
 fn is_there(space: &OwingSpace) -> bool {
     Task::on_record(space.process.pid, space.process.start_time).exists()

@@ -585,6 +585,13 @@ fn conclude(
             });
             Outcome::Incomplete { reason }
         }
+        SourceState::Stranded => {
+            emit(Event::Incomplete {
+                reason: reason.clone(),
+                how_to_go_on: resume_source(&plan.state_dir, report.migration),
+            });
+            Outcome::Stranded { reason }
+        }
         _ => {
             emit(Event::Unknown {
                 reason: reason.clone(),
@@ -597,6 +604,14 @@ fn conclude(
         }
     };
     report.ended(outcome, began.elapsed())
+}
+
+/// The command by which a person lets a container go on whose copy is lost.
+pub fn resume_source(state_dir: &std::path::Path, migration: MigrationId) -> String {
+    format!(
+        "migrate recover --state-dir {} --resume-source {migration}",
+        state_dir.display()
+    )
 }
 
 impl Report {

@@ -72,7 +72,11 @@ pub enum Settled {
     Committed,
     /// It goes on here.
     RolledBack,
-    /// The container lives at the target, which lacks pages and cannot be reached; they are kept here.
+    /// It goes on here as it was at the switch: the copy at the target ran, and was lost before it was complete.
+    TakenBack,
+    /// The copy at the target is lost, and both used the same files: a person has to say what becomes of what is frozen here.
+    Stranded,
+    /// The copy at the target is not known to be complete; what it may need is kept here.
     Incomplete {
         /// What stood in the way, last.
         reason: String,
@@ -108,7 +112,7 @@ impl Question<'_> {
     pub fn ask(&self) -> (SourceEvent, String) {
         match self.answer() {
             Ok(Some((journal, fate))) => (
-                self.meaning(journal, fate),
+                meaning(self.target_journal, journal, fate),
                 format!("the target says {fate:?}"),
             ),
             Ok(None) => (
@@ -116,21 +120,6 @@ impl Question<'_> {
                 format!("{} gives no answer", self.target),
             ),
             Err(error) => (SourceEvent::TargetUnreachable, error.to_string()),
-        }
-    }
-
-    /// Only the journal that prepared the copy has a say: a target with another has lost its records.
-    fn meaning(&self, journal: JournalId, fate: Fate) -> SourceEvent {
-        if journal != self.target_journal {
-            return SourceEvent::TargetJournalLost;
-        }
-        match fate {
-            Fate::Committed => SourceEvent::TargetSaysCommitted,
-            // What is lost there is kept here: whether it is worth anything is for a person to say.
-            Fate::Serving | Fate::Lost => SourceEvent::TargetSaysServing,
-            Fate::RolledBack => SourceEvent::TargetSaysRolledBack,
-            Fate::InProgress => SourceEvent::TargetSaysPending,
-            Fate::UnknownMigration => SourceEvent::TargetNeverHeard,
         }
     }
 
@@ -164,15 +153,35 @@ impl Question<'_> {
     }
 }
 
+/// What the word of the journal `journal` means where `target_journal` holds what was prepared: a target with another journal has
+/// lost its records, and has no say.
+pub(super) fn meaning(target_journal: JournalId, journal: JournalId, fate: Fate) -> SourceEvent {
+    if journal != target_journal {
+        return SourceEvent::TargetJournalLost;
+    }
+    match fate {
+        Fate::Complete => SourceEvent::TargetSaysComplete,
+        Fate::Serving => SourceEvent::TargetSaysServing,
+        Fate::Lost => SourceEvent::TargetSaysLost,
+        Fate::RolledBack => SourceEvent::TargetSaysRolledBack,
+        Fate::InProgress => SourceEvent::TargetSaysPending,
+        Fate::UnknownMigration => SourceEvent::TargetNeverHeard,
+    }
+}
+
 impl SourceEvent {
-    /// A target that says it is owed pages when it is not is not believed: it is asked again.
-    pub(super) fn unless_nothing_is_owed(self, nothing_is_owed: bool) -> SourceEvent {
+    /// A lost copy may have written to files that what is frozen here uses too: then a person decides.
+    pub(super) fn with_files_shared(self, shared: bool) -> SourceEvent {
         match self {
-            SourceEvent::TargetSaysServing if nothing_is_owed => SourceEvent::TargetSaysPending,
+            SourceEvent::TargetSaysLost if shared => SourceEvent::TargetSaysLostSharing,
             event => event,
         }
     }
 }
+
+/// Why a container goes on, or waits, that had been let run at the target.
+pub const LOST: &str = "its copy ran at the target and was lost there before it was complete; \
+     what is here is the container as it was at the switch";
 
 /// What connects to targets as this host.
 pub fn connector(state_dir: &Path, settings: Settings) -> Result<Connector, LinkError> {
@@ -190,7 +199,7 @@ pub fn is_known(state_dir: &Path, migration: MigrationId) -> bool {
     JournalDir::open(state_dir).is_ok_and(|journals| journals.file(name).exists())
 }
 
-/// Whether the container of this migration lives at the target and may lack pages that are kept here.
+/// Whether the container of this migration runs at the target and may need what is kept here.
 pub fn is_serving(state_dir: &Path, migration: MigrationId) -> bool {
     let name = JournalName {
         migration,
@@ -203,7 +212,7 @@ pub fn is_serving(state_dir: &Path, migration: MigrationId) -> bool {
     match journal::fold(&records) {
         Ok(Recovered::Source(found)) => match found.last {
             SourceRecord::Serving => true,
-            SourceRecord::Deciding => found.owing.is_some(),
+            SourceRecord::Deciding => found.owing.is_some_and(|owing| !owing.spaces.is_empty()),
             _ => false,
         },
         _ => false,
@@ -217,6 +226,26 @@ pub fn settle(
     state_dir: &Path,
     migration: MigrationId,
     patience: Duration,
+    held: Option<&mut ContainerLock>,
+) -> Result<Option<Settled>, SettleError> {
+    settle_as(state_dir, migration, patience, Sharing::AskPerson, held)
+}
+
+/// What becomes of a frozen container whose copy is lost and has used the same files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// It stays frozen.
+    AskPerson,
+    /// It goes on: a person has said so.
+    GoOn,
+}
+
+/// [`settle`], with a person's word on what becomes of a container whose copy is lost.
+pub fn settle_as(
+    state_dir: &Path,
+    migration: MigrationId,
+    patience: Duration,
+    sharing: Sharing,
     held: Option<&mut ContainerLock>,
 ) -> Result<Option<Settled>, SettleError> {
     let journals = JournalDir::open(state_dir)?;
@@ -275,9 +304,16 @@ pub fn settle(
         journal,
         reason: String::new(),
         served: false,
+        was_lost: false,
+        sharing,
     };
     let settled = recovery.run(patience);
-    if !is_anothers && matches!(settled, Settled::Committed | Settled::RolledBack) {
+    if !is_anothers
+        && matches!(
+            settled,
+            Settled::Committed | Settled::RolledBack | Settled::TakenBack
+        )
+    {
         lock.is_over();
     }
     Ok(Some(settled))
@@ -349,8 +385,11 @@ struct Recovery<'a> {
     is_anothers: bool,
     journal: Journal,
     reason: String,
-    /// Owed pages were sent.
+    /// Owed pages were sent, or the target was there.
     served: bool,
+    /// The target has said that its copy is lost.
+    was_lost: bool,
+    sharing: Sharing,
 }
 
 impl Recovery<'_> {
@@ -391,7 +430,9 @@ impl Recovery<'_> {
         }
         let settled = match course.state() {
             SourceState::Committed => Settled::Committed,
+            SourceState::RolledBack if self.was_lost => Settled::TakenBack,
             SourceState::RolledBack => Settled::RolledBack,
+            SourceState::Stranded => return Settled::Stranded,
             // Stopped half way by what cannot be: nothing may be touched.
             state => {
                 let reason = format!("recovery stopped in state {state:?}: {}", self.reason);
@@ -421,7 +462,7 @@ impl Recovery<'_> {
                 let (event, reason) = question.ask();
                 tracing::info!(%reason, "asked the target");
                 self.reason = reason;
-                Some(event.unless_nothing_is_owed(self.recovered.owing.is_none()))
+                Some(self.if_lost(event))
             }
             SourceAction::RecordServing => self.write(&Record::Serving),
             SourceAction::ServePages => Some(self.serve_pages()),
@@ -471,25 +512,38 @@ impl Recovery<'_> {
 
     fn serve_pages(&mut self) -> SourceEvent {
         let opened = &self.recovered.opened;
-        let Some(owing) = self.recovered.owing.as_ref().filter(|_| self.same_boot()) else {
-            self.reason = "this host was restarted: the pages the copy lacks are lost".into();
-            return SourceEvent::TargetUnreachable;
-        };
         let Some(target_journal) = self.recovered.target_journal else {
             return SourceEvent::TargetUnreachable;
         };
+        if !self.same_boot() {
+            // What was frozen here is gone: only the target can know whether it needed it.
+            let question = Question {
+                state_dir: self.state_dir,
+                target: &opened.peer,
+                peer: &opened.peer_fingerprint,
+                migration: opened.migration,
+                target_journal,
+            };
+            let (event, reason) = question.ask();
+            self.reason = format!("{reason}; this host was restarted: what was kept here is lost");
+            return match event {
+                SourceEvent::TargetSaysServing => SourceEvent::TargetSaysPending,
+                event => self.if_lost(event),
+            };
+        }
+        let nothing = journal::Owing::default();
         let owed = Owed {
             state_dir: self.state_dir,
             target: &opened.peer,
             peer: &opened.peer_fingerprint,
             migration: opened.migration,
             target_journal,
-            owing,
+            owing: self.recovered.owing.as_ref().unwrap_or(&nothing),
         };
         let mut served = false;
         let (event, reason) = owed.serve(&mut |told| match told {
             Told::Connected => {
-                tracing::info!(migration = %opened.migration, "serving owed pages")
+                tracing::info!(migration = %opened.migration, "the target is there, its copy is not complete")
             }
             Told::Progress(progress) => {
                 served |= progress.has_sent();
@@ -498,11 +552,23 @@ impl Recovery<'_> {
             Told::Whole(_) => {
                 tracing::info!(migration = %opened.migration, "the copy has every page")
             }
+            Told::Filled(_) => {}
         });
-        tracing::info!(%reason, "served owed pages");
-        self.served |= served;
+        tracing::info!(%reason, "looked after the copy");
+        self.served |= served || event == SourceEvent::TargetSaysPending;
         self.reason = reason;
-        event
+        self.if_lost(event)
+    }
+
+    /// What a lost copy means for what is frozen here.
+    fn if_lost(&mut self, event: SourceEvent) -> SourceEvent {
+        if event == SourceEvent::TargetSaysLost {
+            self.was_lost = true;
+            self.reason = LOST.into();
+        }
+        let owing = self.recovered.owing.as_ref();
+        let shares_files = owing.is_some_and(|owing| owing.shares_files);
+        event.with_files_shared(shares_files && self.sharing == Sharing::AskPerson)
     }
 
     fn restore_quota(&self) -> Result<(), QuotaError> {

@@ -6,7 +6,8 @@
 //!  manifest ─▶ everything is there? compose ─▶ inventory ─▶ CRIU restores
 //!  hook     ─▶ held before its first instruction ─▶ journal: prepared ─▶ "prepared"
 //!  commit   ─▶ journal: committed ─▶ hook lets go ─▶ it runs ─▶ journal: released ─▶ "committed"
-//!           ─▶ the pager fills what is left ─▶ "filled"
+//!           ─▶ the pager fills what is left ─▶ "filled" ─▶ files to disk ─▶ journal: complete ─▶ outcome "complete"
+//!           ─▶ the pager is lost ─▶ the copy is killed ─▶ journal: lost ─▶ outcome "lost"
 //! ```
 //!
 //! Who may run the container is decided by the table of [`crate::migration::handoff`] alone; this file carries it out.
@@ -16,11 +17,11 @@ mod owed;
 
 use super::owing::Owing;
 use super::page_store::{PageStore, PageStoreLimits};
-use super::pager::{PagerEvent, PagerHandle};
+use super::pager::{Life, PagerEvent, PagerHandle, PagerHandleError};
 use super::receive::Receiver;
 use super::remains::{Copy, Made};
 use super::restore::{INVENTORY, Restore};
-use super::rootfs::{Limits, RootfsTarget};
+use super::rootfs::{Limits, RootfsTarget, sync_files};
 use crate::criu::binary::Criu;
 use crate::criu::hook::{HookServer, WaitingHook};
 use crate::criu::kernel_cache::KernelCache;
@@ -58,7 +59,10 @@ const RESTORE_PATIENCE: Duration = Duration::from_secs(60);
 /// How long the pager may take for a step.
 const PAGER_PATIENCE: Duration = Duration::from_secs(20);
 
-/// Between two attempts to remove what does not go.
+/// How long a source that came on another connection may take to hear the outcome.
+const END_GRACE: Duration = Duration::from_secs(5);
+
+/// Between two attempts to remove what does not go, or to write what cannot be written.
 const DISCARD_PAUSE: Duration = Duration::from_millis(500);
 
 /// How the agent is set up.
@@ -98,6 +102,8 @@ pub enum Signal {
     HookGone,
     /// The root filesystem's stream is done, or why it failed.
     Rootfs(Result<(), String>),
+    /// The files are on disk, or why not.
+    Synced(Result<(), String>),
     /// The source asks on another connection; the answer goes here.
     Query(Sender<Fate>),
 }
@@ -155,10 +161,10 @@ pub struct Arrival<'a> {
     armed: bool,
     /// What the copy is owed; `None` unless it runs before it is whole.
     owing: Option<Owing>,
+    /// The pager was another agent's: without a socket to it, what it does is seen by its files.
+    watched: bool,
     /// The pager and its standby are gone with pages missing.
     pager_lost: bool,
-    /// The copy ended because pages it was owed were lost.
-    lost: bool,
     /// The agent wants to stop.
     leaving: bool,
     deadline: Option<Instant>,
@@ -166,7 +172,10 @@ pub struct Arrival<'a> {
     manifest: Option<Manifest>,
     times: Times,
     released: Option<Instant>,
+    /// Every page is in its place.
     filled: bool,
+    /// When the outcome was said.
+    told: Option<Instant>,
 }
 
 #[derive(Default)]
@@ -277,8 +286,8 @@ impl<'a> Arrival<'a> {
             pager: None,
             armed: false,
             owing: None,
+            watched: false,
             pager_lost: false,
-            lost: false,
             leaving: false,
             deadline: None,
             reason: None,
@@ -286,6 +295,7 @@ impl<'a> Arrival<'a> {
             times: Times::default(),
             released: None,
             filled: false,
+            told: None,
         };
         if begin.requirements.rootfs == RootfsMode::Copied {
             arrival.receive_rootfs(connection, begin.requirements.rootfs_bytes)?;
@@ -293,18 +303,12 @@ impl<'a> Arrival<'a> {
         Ok(arrival)
     }
 
-    /// Carries the arrival to its end: the container runs and is whole, or nothing of it is left.
+    /// Carries the arrival to its end: the container is complete, or nothing of it is left.
     pub fn run(mut self) -> TargetState {
         loop {
             let event = match self.course.next_action() {
                 Some(action) => self.perform(action),
-                None if self.course.state() == TargetState::Aborted => break,
-                None if self.course.state() == TargetState::Released
-                    && (self.filled || self.pager_lost)
-                    && (self.lost || self.owing.as_ref().is_none_or(Owing::is_over)) =>
-                {
-                    break;
-                }
+                None if self.course.state().is_settled() && self.was_heard() => break,
                 None if self.leaving && self.is_stranded() => {
                     tracing::info!(container = %self.container, "its source is away: it is left to its pager");
                     if let Some(lock) = self.lock.take() {
@@ -334,6 +338,16 @@ impl<'a> Arrival<'a> {
         if let Some(mut lock) = self.lock.take() {
             lock.is_over();
         }
+    }
+
+    /// Whether the source knows the outcome, or has had the time to hear it. On the first connection its session waits for that.
+    fn was_heard(&self) -> bool {
+        let owing = self.course.state() == TargetState::Complete
+            && self.owing.as_ref().is_some_and(|owing| !owing.is_over());
+        let away = self.link == 0
+            || self.control.is_none()
+            || self.told.is_none_or(|told| told.elapsed() > END_GRACE);
+        !owing && away
     }
 
     fn take(&mut self, event: TargetEvent) {
@@ -415,25 +429,19 @@ impl<'a> Arrival<'a> {
     }
 
     fn pager_event(&mut self) -> Option<TargetEvent> {
-        if self.course.state().is_settled() && self.pager.is_none() {
-            self.filled |= !self.pager_lost;
-            return None;
+        let released = self.course.state() == TargetState::Released;
+        if released && self.pager_lost {
+            return Some(TargetEvent::PagerLost);
+        }
+        if released && self.pager.is_none() {
+            return self.pager_seen();
         }
         match self.pager.as_mut()?.next_event(Duration::ZERO) {
             Ok(None) => None,
             Ok(Some(PagerEvent::Done(summary))) => {
                 tracing::info!(?summary, "every page is in its place");
                 self.pager = None;
-                self.filled = true;
-                // Whoever hears the next words may move it on at once.
-                if self.owing.as_ref().is_none_or(Owing::is_over) {
-                    self.give_up_lock();
-                }
-                self.say(message::Filled {
-                    after_release_us: self
-                        .released
-                        .map_or(0, |released| micros(released.elapsed())),
-                });
+                self.have_filled();
                 None
             }
             Ok(Some(PagerEvent::Failed { reason }))
@@ -455,6 +463,33 @@ impl<'a> Arrival<'a> {
                 Some(TargetEvent::PagerLost)
             }
         }
+    }
+
+    /// What becomes of the pages of a copy that runs, where no pager says it: none was needed, or it has said it before, or it is
+    /// another agent's.
+    fn pager_seen(&mut self) -> Option<TargetEvent> {
+        if self.watched && !self.filled {
+            match Life::of(&self.work) {
+                Life::Filling => return None,
+                Life::Done => self.have_filled(),
+                Life::Dead => {
+                    self.lose_pager(&PagerHandleError::Gone);
+                    return Some(TargetEvent::PagerLost);
+                }
+            }
+        }
+        self.filled = true;
+        self.needs_nothing();
+        Some(TargetEvent::PagerDone)
+    }
+
+    fn have_filled(&mut self) {
+        self.filled = true;
+        self.say(message::Filled {
+            after_release_us: self
+                .released
+                .map_or(0, |released| micros(released.elapsed())),
+        });
     }
 
     fn event_of(&mut self, signal: Signal) -> Option<TargetEvent> {
@@ -503,6 +538,11 @@ impl<'a> Arrival<'a> {
                 }
                 self.because(PeerError::FilesFailed, reason);
                 Some(TargetEvent::LocalFailure)
+            }
+            Signal::Synced(Ok(())) => Some(TargetEvent::FilesSynced),
+            Signal::Synced(Err(reason)) => {
+                tracing::error!(container = %self.container, reason, "its files are not on disk yet");
+                Some(TargetEvent::SyncFailed)
             }
             Signal::Query(asker) => {
                 self.askers.push(asker);
@@ -588,18 +628,33 @@ impl<'a> Arrival<'a> {
                 self.answer(self.fate());
                 None
             }
-            TargetAction::KillCopy => {
-                self.kill_copy();
+            TargetAction::SyncFiles => {
+                let (home, signal) = (self.home.clone(), self.signal.clone());
+                thread::spawn(move || {
+                    let synced = sync_files(home.path()).map_err(|error| error.to_string());
+                    if synced.is_err() {
+                        thread::sleep(DISCARD_PAUSE);
+                    }
+                    let _ = signal.send(Signal::Synced(synced));
+                });
                 None
             }
-            TargetAction::DiscardCopy => Some(self.discard_copy()),
-            TargetAction::RecordAborted => {
-                let written = self.record(&Record::Aborted);
-                if written == TargetEvent::RecordFailed {
-                    thread::sleep(DISCARD_PAUSE);
-                }
-                Some(written)
+            TargetAction::RecordComplete => Some(self.record_outcome(&Record::Complete)),
+            TargetAction::RecordLost => Some(self.record_outcome(&Record::Lost)),
+            TargetAction::AnswerComplete => {
+                tracing::info!(container = %self.container, "complete: every page is in its place, every file on disk");
+                // Whoever hears the next words may move it on at once.
+                self.give_up_lock();
+                self.tell_outcome(Fate::Complete);
+                None
             }
+            TargetAction::AnswerLost => {
+                self.tell_outcome(Fate::Lost);
+                None
+            }
+            TargetAction::KillCopy => Some(self.kill_copy()),
+            TargetAction::DiscardCopy => Some(self.discard_copy()),
+            TargetAction::RecordAborted => Some(self.record_outcome(&Record::Aborted)),
             TargetAction::AnswerRolledBack => {
                 let (code, text) = self
                     .reason
@@ -673,6 +728,24 @@ impl<'a> Arrival<'a> {
                 TargetEvent::RecordFailed
             }
         }
+    }
+
+    /// A record that nothing can do without.
+    fn record_outcome(&mut self, record: &Record) -> TargetEvent {
+        let written = self.record(record);
+        if written == TargetEvent::RecordFailed {
+            thread::sleep(DISCARD_PAUSE);
+        }
+        written
+    }
+
+    fn tell_outcome(&mut self, fate: Fate) {
+        self.told = Some(Instant::now());
+        self.say(message::Outcome {
+            journal: self.journal_id,
+            fate,
+        });
+        self.answer(fate);
     }
 
     /// Says something to the source; one that is gone will ask.

@@ -181,14 +181,22 @@ impl Copy<'_> {
         }
     }
 
-    /// Kills every process of the copy: stopped is better than wrong.
-    pub fn kill(&self) {
-        let Some(container) = self.container() else {
-            return;
+    /// Kills every process of the copy: stopped is better than wrong. Whether none runs any more.
+    pub fn kill(&self) -> bool {
+        let container = match self.owner() {
+            Ok(Owner::Ours(_)) => self.runc.container(self.id).ok(),
+            // The copy is gone, and nobody or another has its name.
+            Ok(Owner::Nobody | Owner::Another(_)) => return true,
+            Ok(Owner::OursUnwritten) | Err(_) => None,
+        };
+        let Some(container) = container else {
+            return false;
         };
         // Another of its path is another's.
-        let Ok(Some(cgroup)) = container.freezer.pinned(container.instance.cgroup) else {
-            return;
+        let cgroup = match container.freezer.pinned(container.instance.cgroup) {
+            Ok(Some(cgroup)) => cgroup,
+            Ok(None) => return true,
+            Err(_) => return false,
         };
         let place = cgroup.freezer.path();
         // A process may fork between listing and killing.
@@ -197,14 +205,18 @@ impl Copy<'_> {
                 Ok(tasks) if tasks.iter().any(|task| !task.zombie) => {
                     let _ = cgroup::kill_all(place);
                 }
-                _ => return,
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return false,
+                _ => return true,
             }
+            // Under v1 a frozen task dies when it is thawed.
+            let _ = cgroup.freezer.thaw();
             thread::sleep(Duration::from_millis(10));
         }
         tracing::error!(
             container = self.id,
             "some process of the container does not die"
         );
+        false
     }
 
     /// The copy, if it is the container that the runtime knows by its name.

@@ -1,6 +1,6 @@
 //! Ending the migrations that a crash of the agent left at the target, and answering for those that ended before.
 
-use super::pager::{self, Adopted, DONE_MARK, PagerHandleError, SUPPLY_SOCKET};
+use super::pager::{self, Adopted, Life, SUPPLY_SOCKET};
 use super::remains::{Copy, Found, Made, end_restore};
 use crate::journal::{Journal, JournalDir, JournalError, JournalName};
 use crate::migration::MigrationId;
@@ -78,11 +78,14 @@ pub fn fate(
         return Ok(None);
     }
     Ok(Some(match recovered.last {
-        // Nobody is left to take the pages in: the copy was given up with some missing.
-        TargetRecord::Released if !recovered.owed.is_empty() => Fate::Lost,
-        TargetRecord::Released => Fate::Committed,
+        TargetRecord::Complete => Fate::Complete,
+        TargetRecord::Lost => Fate::Lost,
         TargetRecord::Aborted => Fate::RolledBack,
-        TargetRecord::Opened | TargetRecord::Prepared | TargetRecord::Committed => Fate::InProgress,
+        // Whatever becomes of it: nobody is at it at this moment, and the record of the outcome is not there.
+        TargetRecord::Opened
+        | TargetRecord::Prepared
+        | TargetRecord::Committed
+        | TargetRecord::Released => Fate::InProgress,
     }))
 }
 
@@ -95,7 +98,7 @@ pub enum Settled {
     Already,
     /// It was ended now.
     Now(Fate),
-    /// The copy runs and is owed pages: an agent has to take its pager over.
+    /// The copy ran and is not complete: an agent has to see it through.
     Owing,
 }
 
@@ -121,12 +124,9 @@ pub fn settle(
     let Recovered::Target(recovered) = fold(migration, &records)? else {
         return Ok(None);
     };
-    if recovered.last == TargetRecord::Released && waits_for_pages(&recovered) {
-        return Ok(Some(Settled::Owing));
-    }
     let settled = matches!(
         recovered.last,
-        TargetRecord::Released | TargetRecord::Aborted
+        TargetRecord::Complete | TargetRecord::Lost | TargetRecord::Aborted
     );
     if settled && !recovered.opened.work_dir.exists() {
         let opened = &recovered.opened;
@@ -148,7 +148,6 @@ pub fn settle(
             &mut taken
         }
     };
-    let owing = waits_for_pages(&recovered);
     let recovery = Recovery {
         recovered: &recovered,
         made: Made::on_record(&recovered.leftovers),
@@ -158,7 +157,7 @@ pub fn settle(
         reason: String::new(),
     };
     let fate = recovery.run()?;
-    let owing = owing && fate == Fate::Committed;
+    let owing = fate == Fate::Serving;
     if !owing && !lock.is_anothers(migration) {
         lock.is_over();
     }
@@ -169,25 +168,35 @@ pub fn settle(
     }))
 }
 
-/// Whether the copy may be waiting for pages. After a restart of this host there is no copy any more.
-fn waits_for_pages(recovered: &RecoveredTarget) -> bool {
-    !recovered.owed.is_empty()
-        && recovered.opened.work_dir.exists()
-        && crate::kernel::boot_id().is_ok_and(|now| now == recovered.opened.boot_id)
+/// What became of the pages of a copy that was released and is not known to be complete. `None` after a restart of this host:
+/// there is no copy any more.
+fn life_of_pager(recovered: &RecoveredTarget) -> Option<Life> {
+    if crate::kernel::boot_id().is_ok_and(|now| now != recovered.opened.boot_id) {
+        return None;
+    }
+    Some(if recovered.paged {
+        Life::of(&recovered.opened.work_dir)
+    } else {
+        Life::Done
+    })
 }
 
-/// A copy that runs and is owed pages, whose agent died.
+/// A copy that ran and is not known to be complete, whose agent died.
 #[derive(Debug)]
 pub struct Orphan {
     /// Its journal, which nobody else has now.
     pub journal: Journal,
     /// Who and where.
     pub opened: TargetOpened,
+    /// What its restore made.
+    pub made: Made,
+    /// A pager brings its pages to their places.
+    pub paged: bool,
     /// Who is owed.
     pub owed: Vec<OwedTask>,
     /// The right to touch it.
     pub lock: ContainerLock,
-    /// Its pager; `None` if that brought every page to its place and left.
+    /// Its pager; `None` if that needs nothing, and is to be watched.
     pub adopted: Option<Adopted>,
 }
 
@@ -198,8 +207,7 @@ pub enum Adoption {
     Taken(Box<Orphan>),
     /// Its pager lives and cannot be had yet: try again.
     Later,
-    /// There is nothing to take over, or another process has it. A copy whose pager is dead was killed, since its missing pages
-    /// would read as zeros.
+    /// There is nothing to take over, or another process has it.
     Nothing,
 }
 
@@ -216,58 +224,49 @@ pub fn adopt(state_dir: &Path, migration: MigrationId) -> Result<Adoption, Settl
     let Recovered::Target(recovered) = fold(migration, &records)? else {
         return Ok(Adoption::Nothing);
     };
-    if recovered.last != TargetRecord::Released || !waits_for_pages(&recovered) {
+    if recovered.last != TargetRecord::Released {
         return Ok(Adoption::Nothing);
     }
-    let RecoveredTarget { opened, owed, .. } = recovered;
-    let lock = match ContainerLock::take_now(&opened.runtime_root, opened.container.as_str()) {
+    let lock = match ContainerLock::take_now(
+        &recovered.opened.runtime_root,
+        recovered.opened.container.as_str(),
+    ) {
         Err(LockError::Held { .. }) => return Ok(Adoption::Later),
         taken => taken?,
     };
-    let work = opened.work_dir.clone();
+    let made = Made::on_record(&recovered.leftovers);
+    let work = recovered.opened.work_dir.clone();
     let deadline = Instant::now() + ADOPTION_PATIENCE;
     let adopted = loop {
-        if work.join(DONE_MARK).exists() {
+        // Done or dead it is nobody's to adopt, and one that has all it needs asks for nobody: these are watched.
+        if recovered.owed.is_empty() || life_of_pager(&recovered) != Some(Life::Filling) {
             break None;
         }
         match pager::adopt(&work.join(SUPPLY_SOCKET), ADOPTION_PATIENCE) {
             Ok(adopted) => break Some(adopted),
-            Err(error) if pager::is_dead(&work) => {
-                give_up(state_dir, &opened, &error);
-                return Ok(Adoption::Nothing);
-            }
             // It opens its socket when it sees the end of its agent.
             Err(_) if Instant::now() < deadline => thread::sleep(Duration::from_millis(20)),
             Err(error) => {
-                tracing::warn!(container = %opened.container, %error, "its pager cannot be taken over yet");
+                tracing::warn!(container = %recovered.opened.container, %error, "its pager cannot be taken over yet");
                 return Ok(Adoption::Later);
             }
         }
     };
+    let RecoveredTarget {
+        opened,
+        owed,
+        paged,
+        ..
+    } = recovered;
     Ok(Adoption::Taken(Box::new(Orphan {
         journal,
         opened,
+        made,
+        paged,
         owed,
         lock,
         adopted,
     })))
-}
-
-/// Kills a copy whose missing pages are lost. Its working directory goes too: the name may be another container's next time.
-fn give_up(state_dir: &Path, opened: &TargetOpened, why: &PagerHandleError) {
-    tracing::error!(container = %opened.container, %why, "its pager died with pages missing: the container is killed");
-    let copy = Copy {
-        runc: &Runc::new(&opened.runtime_root),
-        id: opened.container.as_str(),
-        migration: opened.migration,
-        home: &home_of(state_dir, opened),
-        work: &opened.work_dir,
-        made: &Made::default(),
-    };
-    copy.kill();
-    if let Err(error) = copy.remove_work() {
-        tracing::warn!(%error, "the working directory stays");
-    }
 }
 
 fn home_of(state_dir: &Path, opened: &TargetOpened) -> Home {
@@ -292,8 +291,17 @@ impl Recovery<'_> {
     fn run(mut self) -> Result<Fate, SettleError> {
         let deadline = Instant::now() + PATIENCE;
         let mut course = Course::<TargetState>::recover(self.recovered.last);
-        while let Some(action) = course.next_action() {
-            if let Some(event) = self.perform(action)
+        loop {
+            let event = match course.next_action() {
+                Some(action) => self.perform(action),
+                // The rest is for an agent, which can also answer the source meanwhile.
+                None if course.state() == TargetState::Released => match self.news_of_copy() {
+                    Some(news) => Some(news),
+                    None => return Ok(Fate::Serving),
+                },
+                None => break,
+            };
+            if let Some(event) = event
                 && let Err(impossible) = course.on(event)
             {
                 tracing::error!(%impossible, "recovery stays where it is");
@@ -305,18 +313,34 @@ impl Recovery<'_> {
                 });
             }
         }
-        let waits = course.state() == TargetState::Released && waits_for_pages(self.recovered);
-        if !waits && let Err(error) = self.copy().remove_work() {
+        if let Err(error) = self.copy().remove_work() {
             tracing::warn!(%error, "the working directory stays");
         }
         if self.same_boot() {
             self.copy().remove_idle_cgroups();
         }
         Ok(match course.state() {
-            TargetState::Released => Fate::Committed,
+            TargetState::Complete => Fate::Complete,
+            TargetState::Lost => Fate::Lost,
             TargetState::Aborted => Fate::RolledBack,
             _ => Fate::InProgress,
         })
+    }
+
+    /// What ended a copy that was released, if something did.
+    fn news_of_copy(&self) -> Option<TargetEvent> {
+        let container = &self.recovered.opened.container;
+        match life_of_pager(self.recovered) {
+            None => {
+                tracing::error!(%container, "this host was restarted before the copy was complete: it is lost, and the source goes on with what it has kept");
+                Some(TargetEvent::FoundLost)
+            }
+            Some(Life::Dead) => {
+                tracing::error!(%container, "its pager died with pages missing: the copy is killed, and the source goes on with what it has kept");
+                Some(TargetEvent::PagerLost)
+            }
+            Some(Life::Filling | Life::Done) => None,
+        }
     }
 
     fn perform(&mut self, action: TargetAction) -> Option<TargetEvent> {
@@ -342,16 +366,21 @@ impl Recovery<'_> {
                 Some(match (self.same_boot(), self.copy().inspect()) {
                     (true, Found::Running) => TargetEvent::FoundRunning,
                     (true, Found::NeverRan) => TargetEvent::FoundNeverRan,
+                    (true, Found::Gone) => TargetEvent::FoundGone,
                     // After a restart the mark proves nothing: it may not have reached the disk.
-                    (_, _) => TargetEvent::FoundGone,
+                    (false, _) => TargetEvent::FoundLost,
                 })
             }
             TargetAction::RecordReleased => self.write(&Record::Released),
             TargetAction::RecordAborted => self.write(&Record::Aborted),
-            TargetAction::KillCopy => {
-                self.copy().kill();
-                None
-            }
+            TargetAction::RecordLost => self.write(&Record::Lost),
+            TargetAction::KillCopy => Some(if self.copy().kill() {
+                TargetEvent::CopyKilled
+            } else {
+                self.reason = "some process of the copy does not die".into();
+                thread::sleep(PAUSE);
+                TargetEvent::KillFailed
+            }),
             // Nobody is connected during recovery; whoever asks later is answered from the journal.
             _ => None,
         }

@@ -15,14 +15,14 @@
 //!  RoundEnd       ──────▶  RoundReceived          once a round
 //!  Prestart       ──────▶
 //!  Manifest       ──────▶  Prepared or RolledBack
-//!  Commit         ──────▶  Committed, later Filled; or RolledBack
+//!  Commit         ──────▶  Committed, later Filled, then Outcome; or RolledBack
 //!  Abort          ──────▶  RolledBack             at any time before Commit
 //!  Query          ──────▶  Outcome                on a connection of its own
-//!  Resume         ──────▶  Resumed, later Whole; or Outcome      the same
+//!  Resume         ──────▶  Resumed, later Filled, then Outcome; or Outcome at once      the same
 //! ```
 //!
-//! In post-copy the copy runs before it has every page: `Whole` comes some time after `Committed`, or never on this
-//! connection; then the source connects again and says `Resume`.
+//! The copy runs before it is complete: the `Outcome` that says so comes some time after `Committed`, or never on this
+//! connection; then the source connects again and says `Resume`. In post-copy `Whole` comes before it.
 //!
 //! What the types in [`body`] promise is checked when a message is read and again when one is written.
 
@@ -172,7 +172,7 @@ messages! {
     5 Commit "Source: from here on only the target may run the container."
     6 Abort "Source: the migration ends, the container goes on at the source."
     7 Query "Source: what became of this migration?"
-    8 Resume "Source: this connection takes the place of a lost one; which pages are still owed?"
+    8 Resume "Source: this connection takes the place of a lost one; is the copy complete, and which pages are still owed?"
     101 Accepted "Target: the container may come."
     102 Refused "Target: the container may not come."
     103 RoundReceived "Target: every frame of the round is in the page store."
@@ -182,7 +182,7 @@ messages! {
     107 Outcome "Target: what became of a migration."
     108 Filled "Target: every page is in its place."
     109 Whole "Target: every owed page has arrived."
-    110 Resumed "Target: go on sending owed pages."
+    110 Resumed "Target: the copy is not complete; wait for its outcome, and send what it is owed."
 }
 
 impl Message {

@@ -1,7 +1,8 @@
 //! The source's side of the handover: from copying to committed, rolled back or unknown.
 //!
-//! In post-copy the copy at the target runs before it is whole. Then *committed* is not the end here: the frozen container
-//! holds the only copy of the pages still owed, so the source goes through `Serving` until the target says that it has all.
+//! *Committed* at the target is not the end here: its copy runs, and may yet be lost with what has not reached its place or
+//! its disk. So the source goes through `Serving`, with its container frozen and the pages at hand that post-copy still owes,
+//! until the target says that its copy is complete, or that it is lost.
 
 use std::fmt;
 
@@ -33,9 +34,12 @@ pub enum SourceState {
     CommitSent,
     /// The target's word is missing. The container stays frozen; the target is asked until it answers.
     Unknown,
-    /// The copy at the target runs and waits for pages that only the frozen container here has.
+    /// The copy at the target runs and is not complete: what is frozen here is kept, and sends the pages that are owed.
     Serving,
-    /// The copy at the target runs. What is frozen here must die.
+    /// The copy at the target is lost, and it may have written to files that are shared: a person says whether what is frozen
+    /// here goes on.
+    Stranded,
+    /// The copy at the target is complete. What is frozen here must die.
     Committed,
     /// The container goes on here.
     RolledBack,
@@ -67,10 +71,14 @@ pub enum SourceEvent {
     RecordWritten,
     /// The record asked for could not be written; it may be on disk all the same.
     RecordFailed,
-    /// The target: the copy runs, and pages are missing that only this host has.
+    /// The target: the copy runs, and is not complete.
     TargetSaysServing,
-    /// The target: the copy runs and is whole, or needs nothing from here any more.
-    TargetSaysCommitted,
+    /// The target: every page of the copy is in its place, its files are on disk, and that is on record.
+    TargetSaysComplete,
+    /// The target: the copy ran, was lost before it was complete, and can never run again; and that is on record.
+    TargetSaysLost,
+    /// The same, and the copy may have written to files that the container here uses too.
+    TargetSaysLostSharing,
     /// The target: there is no copy and there never will be.
     TargetSaysRolledBack,
     /// The target: not settled yet, ask again.
@@ -124,8 +132,8 @@ pub enum SourceAction {
     AskTarget,
     /// Write `serving` durably: the copy runs, what is frozen here must stay.
     RecordServing,
-    /// Send the owed pages; connect again first if the connection is lost. Answers with what the target says, or that it
-    /// cannot be reached.
+    /// Send the owed pages, if any, and wait for the target's word; connect again first if the connection is lost. Answers
+    /// with what the target says, or that it cannot be reached.
     ServePages,
     /// Write `committed` durably.
     RecordCommitted,
@@ -151,9 +159,9 @@ pub enum SourceRecord {
     Opened,
     /// Commit may have been sent.
     Deciding,
-    /// The target's copy runs and is owed pages.
+    /// The target's copy runs and is not complete.
     Serving,
-    /// The target's copy runs and is whole.
+    /// The target's copy is complete.
     Committed,
     /// The container went on here.
     RolledBack,
@@ -173,6 +181,7 @@ impl SourceState {
         At::CommitSent,
         At::Unknown,
         At::Serving,
+        At::Stranded,
         At::Committed,
         At::RolledBack,
     ];
@@ -244,7 +253,9 @@ impl SourceEvent {
         On::RecordWritten,
         On::RecordFailed,
         On::TargetSaysServing,
-        On::TargetSaysCommitted,
+        On::TargetSaysComplete,
+        On::TargetSaysLost,
+        On::TargetSaysLostSharing,
         On::TargetSaysRolledBack,
         On::TargetSaysPending,
         On::TargetNeverHeard,
@@ -273,6 +284,9 @@ const BEFORE_COMMIT: &[SourceState] = &[
 
 /// The container may have been stopped, so it is let go first and the rest is told after.
 const ROLL_BACK: &[SourceAction] = &[Do::ResumeContainer, Do::AbortTarget, Do::RecordRolledBack];
+
+/// The copy ran, so there is nothing to abort at the target, which has said the last word.
+const GO_ON: &[SourceAction] = &[Do::ResumeContainer, Do::RecordRolledBack];
 
 /// The source's whole table: one row for every pair of state and event.
 pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
@@ -314,7 +328,7 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
     },
     Row {
         from: &[At::CommitSent, At::Unknown, At::Serving],
-        on: &[On::TargetSaysCommitted],
+        on: &[On::TargetSaysComplete],
         then: Then::Go(
             At::Committed,
             &[Do::RecordCommitted, Do::DestroyFrozenCopy, Do::RecordClosed],
@@ -337,7 +351,9 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
             On::TargetSaysRolledBack,
             // Answers to a question nobody asked: the target breaks the protocol.
             On::TargetSaysServing,
-            On::TargetSaysCommitted,
+            On::TargetSaysComplete,
+            On::TargetSaysLost,
+            On::TargetSaysLostSharing,
             On::TargetSaysPending,
             On::TargetNeverHeard,
             On::TargetJournalLost,
@@ -434,7 +450,49 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
         on: &[On::TargetPrepared],
         then: Then::Ignore("said before"),
     },
-    // The copy runs at the target; the pages it lacks are here. Whatever happens, what is frozen here stays.
+    // The copy is lost and can never run again: the container goes on as it was at the switch, if its files are.
+    Row {
+        from: &[At::CommitSent, At::Unknown, At::Serving, At::Stranded],
+        on: &[On::TargetSaysLost],
+        then: Then::Go(At::RolledBack, GO_ON),
+    },
+    Row {
+        from: &[At::CommitSent, At::Unknown, At::Serving],
+        on: &[On::TargetSaysLostSharing],
+        then: Then::Go(At::Stranded, &[]),
+    },
+    Row {
+        from: &[At::Stranded],
+        on: &[
+            On::TargetSaysLostSharing,
+            On::TargetSaysServing,
+            On::TargetPrepared,
+            On::RecordWritten,
+            On::RecordFailed,
+            On::TargetSaysPending,
+            On::TargetNeverHeard,
+            On::TargetJournalLost,
+            On::TargetUnreachable,
+            On::PeerLost,
+            On::PeerRefused,
+            On::CriuFailed,
+            On::HookLost,
+            On::HoldBroken,
+            On::LocalFailure,
+            On::ContainerExited,
+            On::UserCancelled,
+            On::Timeout,
+        ],
+        then: Then::Ignore("`migrate recover --resume-source` asks the target again and lets the container go on"),
+    },
+    Row {
+        from: &[At::Stranded],
+        on: &[On::TargetSaysComplete, On::TargetSaysRolledBack],
+        then: Then::Impossible(
+            "the target said before that its copy is lost, and keeps that on record",
+        ),
+    },
+    // The copy runs at the target and is not complete. Whatever happens, what is frozen here stays.
     Row {
         from: &[At::Serving],
         on: &[
@@ -524,7 +582,7 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
     },
     Row {
         from: &[At::Committed],
-        on: &[On::TargetSaysCommitted, On::TargetSaysServing],
+        on: &[On::TargetSaysComplete, On::TargetSaysServing],
         then: Then::Ignore("said before"),
     },
     Row {
@@ -533,25 +591,34 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
             On::TargetSaysRolledBack,
             On::TargetNeverHeard,
             On::TargetJournalLost,
+            On::TargetSaysLost,
+            On::TargetSaysLostSharing,
         ],
         then: Then::Ignore("the outcome is settled"),
     },
     Row {
         from: &[At::RolledBack],
-        on: &[On::TargetSaysCommitted, On::TargetSaysServing],
+        on: &[On::TargetSaysServing],
+        then: Then::Ignore("of a copy that was lost, said before it was"),
+    },
+    Row {
+        from: &[At::RolledBack],
+        on: &[On::TargetSaysComplete],
         then: Then::Impossible(
-            "the source rolls back only if commit was never sent or the target said it never will run",
+            "the source rolls back only if commit was never sent or the target said that its copy will never run",
         ),
     },
     Row {
         from: &[At::Committed],
         on: &[
             On::TargetSaysRolledBack,
+            On::TargetSaysLost,
+            On::TargetSaysLostSharing,
             On::TargetNeverHeard,
             On::TargetJournalLost,
         ],
         then: Then::Impossible(
-            "the target said before that its copy runs, and keeps that on record",
+            "the target said before that its copy is complete, and keeps that on record",
         ),
     },
     // What our own code does not do.
@@ -565,6 +632,7 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
             At::CommitSent,
             At::Unknown,
             At::Serving,
+            At::Stranded,
         ],
         on: &[On::FreezeOrdered],
         then: Then::Impossible("the freeze is ordered once, to end the rounds"),
@@ -579,6 +647,7 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
             At::CommitSent,
             At::Unknown,
             At::Serving,
+            At::Stranded,
             At::Committed,
         ],
         on: &[On::CgroupFrozen],
@@ -594,6 +663,7 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
             At::CommitSent,
             At::Unknown,
             At::Serving,
+            At::Stranded,
         ],
         on: &[On::FreezeFailed],
         then: Then::Impossible(
@@ -610,6 +680,7 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
             At::CommitSent,
             At::Unknown,
             At::Serving,
+            At::Stranded,
             At::Committed,
         ],
         on: &[On::HoldReached],
@@ -625,6 +696,7 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
             At::CommitSent,
             At::Unknown,
             At::Serving,
+            At::Stranded,
         ],
         on: &[On::HoldConfirmed],
         then: Then::Impossible("the hold is looked at once, in Prepared"),

@@ -1,4 +1,8 @@
-//! The target's side of the handover: from receiving to released or aborted.
+//! The target's side of the handover: from receiving to complete, aborted or lost.
+//!
+//! A copy that runs is not yet as safe as the container was at the source: its pages may still be on the way to their places,
+//! its files on the way to the disk. Until both are where they belong the source keeps what it has, and takes it back if the
+//! copy is lost.
 
 use serde::{Deserialize, Serialize};
 
@@ -26,8 +30,20 @@ pub enum TargetState {
     Committing,
     /// `committed` is on disk; the hook lets the copy go. Nobody was told yet.
     Releasing,
-    /// The copy runs; the container lives here.
+    /// The copy runs; its pager still brings pages to their places.
     Released,
+    /// Every page is in its place; the files are written to the disk.
+    Completing,
+    /// The files are on disk; `complete` is being written.
+    RecordingComplete,
+    /// The container lives here, and nothing of it is needed at the source any more.
+    Complete,
+    /// Pages are lost; what is left of the copy is being killed.
+    Losing,
+    /// The copy is dead and can never run again; `lost` is being written.
+    RecordingLost,
+    /// The copy ran, is lost, and that is on record.
+    Lost,
     /// The copy is being removed.
     Discarding,
     /// The copy is gone; `aborted` is being written.
@@ -69,6 +85,16 @@ pub enum TargetEvent {
     HookLost,
     /// The pager died with pages missing: the kernel would hand out zeros for them.
     PagerLost,
+    /// The pager has brought every page to its place, or its process has ended and wants none; or there was nothing to bring.
+    PagerDone,
+    /// The files are on disk.
+    FilesSynced,
+    /// They could not be written.
+    SyncFailed,
+    /// No process of the copy runs any more, seen and not assumed.
+    CopyKilled,
+    /// Some process of it does not die.
+    KillFailed,
     /// The runtime reports the copy running.
     Resumed,
     /// No process of the copy is left, seen and not assumed.
@@ -80,8 +106,10 @@ pub enum TargetEvent {
     /// The look: the copy is gone and none of its code ran. The hook's mark, left at CRIU's `pre-resume` before
     /// any task can run, is missing, and the host has not been restarted since.
     FoundNeverRan,
-    /// The look: the copy is gone and may have run.
+    /// The look: the copy is gone and may have run. What became of its pages the pager knows.
     FoundGone,
+    /// The look: this host was restarted, so that the copy is gone and whatever was not complete is lost with it.
+    FoundLost,
 }
 
 /// What the target has to do. Each may be repeated without harm.
@@ -108,10 +136,21 @@ pub enum TargetAction {
     InspectCopy,
     /// Write `released` durably.
     RecordReleased,
-    /// Tell whoever asks from the source that the copy runs.
+    /// Tell the source, and whoever asks from there, that the copy runs and that what is frozen there is still needed.
     AnswerCommitted,
-    /// Kill a running copy whose memory has holes: stopped is better than wrong.
+    /// Write the copy's files to the disk (`syncfs`). Answers `FilesSynced` or `SyncFailed`; after a failure, wait before trying
+    /// again.
+    SyncFiles,
+    /// Write `complete` durably. After a failure, wait before trying again.
+    RecordComplete,
+    /// Tell the source, and whoever asks from there, that it is needed no more.
+    AnswerComplete,
+    /// Kill a running copy whose memory has holes: stopped is better than wrong. Answers `CopyKilled` or `KillFailed`.
     KillCopy,
+    /// Write `lost` durably. After a failure, wait before trying again.
+    RecordLost,
+    /// Tell the source, and whoever asks from there, that the copy is lost.
+    AnswerLost,
     /// Remove the copy: the hook fails the restore, its processes are killed, its mounts, cgroups and files go.
     /// After a failure, wait before trying again.
     DiscardCopy,
@@ -136,6 +175,10 @@ pub enum TargetRecord {
     Committed,
     /// The copy ran.
     Released,
+    /// Every page was in its place and every file on disk.
+    Complete,
+    /// The copy was lost before it was complete.
+    Lost,
     /// There is no copy and never will be.
     Aborted,
 }
@@ -143,7 +186,10 @@ pub enum TargetRecord {
 impl TargetRecord {
     /// Whether a hook that lost its agent lets the copy run (exit 0) or fails the restore.
     pub fn hook_lets_go(self) -> bool {
-        matches!(self, TargetRecord::Committed | TargetRecord::Released)
+        matches!(
+            self,
+            TargetRecord::Committed | TargetRecord::Released | TargetRecord::Complete
+        )
     }
 }
 
@@ -158,6 +204,12 @@ impl TargetState {
         At::Committing,
         At::Releasing,
         At::Released,
+        At::Completing,
+        At::RecordingComplete,
+        At::Complete,
+        At::Losing,
+        At::RecordingLost,
+        At::Lost,
         At::Discarding,
         At::RecordingAbort,
         At::Aborted,
@@ -180,7 +232,10 @@ impl TargetState {
         let (state, actions): (TargetState, &'static [TargetAction]) = match record {
             TargetRecord::Opened | TargetRecord::Prepared => (At::Discarding, &[Do::DiscardCopy]),
             TargetRecord::Committed => (At::Releasing, &[Do::InspectCopy]),
+            // Next comes what became of its pages, or of its host.
             TargetRecord::Released => (At::Released, &[]),
+            TargetRecord::Complete => (At::Complete, &[]),
+            TargetRecord::Lost => (At::Lost, &[Do::DiscardCopy]),
             TargetRecord::Aborted => (At::Aborted, &[]),
         };
         Step {
@@ -192,7 +247,12 @@ impl TargetState {
 
     /// Whether the outcome is known and on record.
     pub fn is_settled(self) -> bool {
-        matches!(self, At::Released | At::Aborted)
+        matches!(self, At::Complete | At::Lost | At::Aborted)
+    }
+
+    /// Whether the copy runs or ran, and what is frozen at the source is still needed.
+    pub fn needs_source(self) -> bool {
+        matches!(self, At::Released | At::Completing | At::RecordingComplete)
     }
 }
 
@@ -230,14 +290,31 @@ impl TargetEvent {
         On::RestoreFailed,
         On::HookLost,
         On::PagerLost,
+        On::PagerDone,
+        On::FilesSynced,
+        On::SyncFailed,
+        On::CopyKilled,
+        On::KillFailed,
         On::Resumed,
         On::CopyDiscarded,
         On::DiscardFailed,
         On::FoundRunning,
         On::FoundNeverRan,
         On::FoundGone,
+        On::FoundLost,
     ];
 }
+
+/// The copy was released and its end is not on record yet, or it is.
+const RAN: &[TargetState] = &[
+    At::Released,
+    At::Completing,
+    At::RecordingComplete,
+    At::Complete,
+    At::Losing,
+    At::RecordingLost,
+    At::Lost,
+];
 
 /// The target's whole table: one row for every pair of state and event.
 pub const TARGET_TABLE: &[Row<TargetState, TargetEvent, TargetAction>] = &[
@@ -274,7 +351,7 @@ pub const TARGET_TABLE: &[Row<TargetState, TargetEvent, TargetAction>] = &[
     },
     Row {
         from: &[At::Releasing],
-        // Gone but may have run: it was the container, and it ended here.
+        // Gone but may have run: it was the container, and it ended here. Or its pages were lost, which its pager tells.
         on: &[On::Resumed, On::FoundRunning, On::FoundGone],
         then: Then::Go(At::Released, &[Do::RecordReleased, Do::AnswerCommitted]),
     },
@@ -378,28 +455,140 @@ pub const TARGET_TABLE: &[Row<TargetState, TargetEvent, TargetAction>] = &[
         on: &[On::Timeout],
         then: Then::Ignore("the disk will answer"),
     },
-    // The copy runs.
+    // The copy runs. It is complete when its pages are in their places, then its files on disk, then that on record.
+    Row {
+        from: &[At::Released],
+        on: &[On::PagerDone],
+        then: Then::Go(At::Completing, &[Do::SyncFiles]),
+    },
+    Row {
+        from: &[At::Completing],
+        on: &[On::FilesSynced],
+        then: Then::Go(At::RecordingComplete, &[Do::RecordComplete]),
+    },
+    Row {
+        from: &[At::Completing],
+        on: &[On::SyncFailed],
+        then: Then::Go(At::Completing, &[Do::SyncFiles]),
+    },
+    Row {
+        from: &[At::RecordingComplete],
+        on: &[On::RecordWritten],
+        then: Then::Go(At::Complete, &[Do::AnswerComplete]),
+    },
+    Row {
+        from: &[At::RecordingComplete],
+        on: &[On::RecordFailed],
+        then: Then::Go(At::RecordingComplete, &[Do::RecordComplete]),
+    },
     Row {
         from: &[At::Released],
         on: &[On::Query, On::Commit],
         then: Then::Go(At::Released, &[Do::AnswerCommitted]),
     },
     Row {
+        from: &[At::Completing],
+        on: &[On::Query, On::Commit],
+        then: Then::Go(At::Completing, &[Do::AnswerCommitted]),
+    },
+    Row {
+        from: &[At::RecordingComplete],
+        on: &[On::Query, On::Commit],
+        then: Then::Go(At::RecordingComplete, &[Do::AnswerCommitted]),
+    },
+    Row {
+        from: &[At::Complete],
+        on: &[On::Query, On::Commit],
+        then: Then::Go(At::Complete, &[Do::AnswerComplete]),
+    },
+    // Its pages are lost: first what runs is killed, then the record says so, then the source may hear it and go on.
+    Row {
         from: &[At::Released],
         on: &[On::PagerLost],
-        then: Then::Go(At::Released, &[Do::KillCopy]),
+        then: Then::Go(At::Losing, &[Do::KillCopy]),
     },
     Row {
-        from: &[At::Released],
+        from: &[At::Losing],
+        on: &[On::KillFailed],
+        then: Then::Go(At::Losing, &[Do::KillCopy]),
+    },
+    Row {
+        from: &[At::Losing],
+        on: &[On::CopyKilled],
+        then: Then::Go(At::RecordingLost, &[Do::RecordLost]),
+    },
+    Row {
+        from: &[At::Releasing, At::Released],
+        on: &[On::FoundLost],
+        then: Then::Go(At::RecordingLost, &[Do::RecordLost]),
+    },
+    Row {
+        from: &[At::RecordingLost],
         on: &[On::RecordFailed],
-        then: Then::Ignore(
-            "`committed` is on disk; recovery looks at the copy again and finds it running",
-        ),
+        then: Then::Go(At::RecordingLost, &[Do::RecordLost]),
+    },
+    Row {
+        from: &[At::RecordingLost],
+        on: &[On::RecordWritten],
+        then: Then::Go(At::Lost, &[Do::DiscardCopy, Do::AnswerLost]),
+    },
+    Row {
+        from: &[At::Losing],
+        on: &[On::Query, On::Commit],
+        then: Then::Go(At::Losing, &[Do::AnswerPending]),
+    },
+    Row {
+        from: &[At::RecordingLost],
+        on: &[On::Query, On::Commit],
+        then: Then::Go(At::RecordingLost, &[Do::AnswerPending]),
+    },
+    Row {
+        from: &[At::Lost],
+        on: &[On::Query, On::Commit],
+        then: Then::Go(At::Lost, &[Do::AnswerLost]),
+    },
+    Row {
+        from: &[At::Lost],
+        on: &[On::DiscardFailed],
+        then: Then::Go(At::Lost, &[Do::DiscardCopy]),
+    },
+    Row {
+        from: &[At::Lost],
+        on: &[On::CopyDiscarded],
+        then: Then::Ignore("the outcome is settled"),
     },
     Row {
         from: &[At::Released],
+        on: &[On::RecordWritten, On::RecordFailed],
+        then: Then::Ignore("`committed` is on disk; `complete` or `lost` will follow it"),
+    },
+    Row {
+        from: &[At::Completing, At::Losing],
+        on: &[On::RecordWritten, On::RecordFailed],
+        then: Then::Ignore("the record of a step before"),
+    },
+    Row {
+        from: &[At::Complete, At::Lost],
+        on: &[On::RecordWritten, On::RecordFailed],
+        then: Then::Ignore("the outcome is on disk"),
+    },
+    Row {
+        from: &[
+            At::Completing,
+            At::RecordingComplete,
+            At::Complete,
+        ],
+        on: &[On::PagerLost, On::PagerDone],
+        then: Then::Ignore("every page was in its place before"),
+    },
+    Row {
+        from: &[At::Losing, At::RecordingLost, At::Lost],
+        on: &[On::PagerLost, On::PagerDone],
+        then: Then::Ignore("the copy is lost already"),
+    },
+    Row {
+        from: RAN,
         on: &[
-            On::RecordWritten,
             On::Abort,
             On::PeerLost,
             On::PeerViolation,
@@ -411,7 +600,19 @@ pub const TARGET_TABLE: &[Row<TargetState, TargetEvent, TargetAction>] = &[
             On::FoundRunning,
             On::FoundGone,
         ],
-        then: Then::Ignore("the outcome is settled"),
+        then: Then::Ignore("the copy ran: what was released is not taken back"),
+    },
+    Row {
+        from: &[
+            At::Completing,
+            At::RecordingComplete,
+            At::Complete,
+            At::Losing,
+            At::RecordingLost,
+            At::Lost,
+        ],
+        on: &[On::FoundLost],
+        then: Then::Ignore("only of a copy that is not known to be complete or lost"),
     },
     // The way back: first the copy goes, then the record says so, then the source may hear it.
     Row {
@@ -489,6 +690,12 @@ pub const TARGET_TABLE: &[Row<TargetState, TargetEvent, TargetAction>] = &[
             At::Committing,
             At::Releasing,
             At::Released,
+            At::Completing,
+            At::RecordingComplete,
+            At::Complete,
+            At::Losing,
+            At::RecordingLost,
+            At::Lost,
         ],
         on: &[On::SkeletonComplete],
         then: Then::Impossible(
@@ -504,6 +711,12 @@ pub const TARGET_TABLE: &[Row<TargetState, TargetEvent, TargetAction>] = &[
             At::Committing,
             At::Releasing,
             At::Released,
+            At::Completing,
+            At::RecordingComplete,
+            At::Complete,
+            At::Losing,
+            At::RecordingLost,
+            At::Lost,
             At::RecordingAbort,
             At::Aborted,
         ],
@@ -521,6 +734,12 @@ pub const TARGET_TABLE: &[Row<TargetState, TargetEvent, TargetAction>] = &[
             At::Committing,
             At::Releasing,
             At::Released,
+            At::Completing,
+            At::RecordingComplete,
+            At::Complete,
+            At::Losing,
+            At::RecordingLost,
+            At::Lost,
         ],
         on: &[On::CopyVerified],
         then: Then::Impossible("the copy is verified once, in Held"),
@@ -566,11 +785,16 @@ pub const TARGET_TABLE: &[Row<TargetState, TargetEvent, TargetAction>] = &[
             At::Committing,
             At::Releasing,
             At::Released,
+            At::Completing,
+            At::RecordingComplete,
+            At::Complete,
+            At::Losing,
+            At::RecordingLost,
             At::RecordingAbort,
             At::Aborted,
         ],
         on: &[On::CopyDiscarded, On::DiscardFailed],
-        then: Then::Impossible("only Discarding removes a copy"),
+        then: Then::Impossible("only Discarding and Lost remove a copy"),
     },
     Row {
         from: &[
@@ -584,12 +808,79 @@ pub const TARGET_TABLE: &[Row<TargetState, TargetEvent, TargetAction>] = &[
             At::RecordingAbort,
             At::Aborted,
         ],
-        on: &[On::FoundRunning, On::FoundNeverRan, On::FoundGone],
+        on: &[
+            On::FoundRunning,
+            On::FoundNeverRan,
+            On::FoundGone,
+            On::FoundLost,
+        ],
         then: Then::Impossible("only Releasing looks what became of a copy"),
     },
     Row {
-        from: &[At::Released],
+        from: RAN,
         on: &[On::FoundNeverRan],
         then: Then::Impossible("the copy ran, and the hook left its mark before it did"),
+    },
+    Row {
+        from: &[
+            At::Receiving,
+            At::Restoring,
+            At::Held,
+            At::Preparing,
+            At::Prepared,
+            At::Committing,
+            At::Releasing,
+        ],
+        on: &[On::PagerDone],
+        then: Then::Impossible("what the pager has done counts when the copy runs"),
+    },
+    Row {
+        from: &[At::Discarding, At::RecordingAbort, At::Aborted],
+        on: &[On::PagerDone],
+        then: Then::Impossible("the copy never ran"),
+    },
+    Row {
+        from: &[
+            At::Receiving,
+            At::Restoring,
+            At::Held,
+            At::Preparing,
+            At::Prepared,
+            At::Committing,
+            At::Releasing,
+            At::Released,
+            At::RecordingComplete,
+            At::Complete,
+            At::Losing,
+            At::RecordingLost,
+            At::Lost,
+            At::Discarding,
+            At::RecordingAbort,
+            At::Aborted,
+        ],
+        on: &[On::FilesSynced, On::SyncFailed],
+        then: Then::Impossible("the files are written once, in Completing"),
+    },
+    Row {
+        from: &[
+            At::Receiving,
+            At::Restoring,
+            At::Held,
+            At::Preparing,
+            At::Prepared,
+            At::Committing,
+            At::Releasing,
+            At::Released,
+            At::Completing,
+            At::RecordingComplete,
+            At::Complete,
+            At::RecordingLost,
+            At::Lost,
+            At::Discarding,
+            At::RecordingAbort,
+            At::Aborted,
+        ],
+        on: &[On::CopyKilled, On::KillFailed],
+        then: Then::Impossible("a copy that ran is killed once, in Losing"),
     },
 ];

@@ -1,21 +1,24 @@
-//! Post-copy: what the copy at the target lacks, and how it gets it.
+//! From the release of the copy until it is complete: what is frozen here is kept, and in post-copy brings what the copy lacks.
 //!
 //! ```text
-//!  freeze ─▶ send_delta: only what cannot be lazy          ─▶ send_images: the rest is declared owed, the service begins
-//!  commit ─▶ the copy runs ─▶ the service goes on, over a new connection if need be ─▶ whole ─▶ what is frozen here dies
+//!  post-copy: freeze ─▶ send_delta: only what cannot be lazy ─▶ send_images: the rest is declared owed, the service begins
+//!  commit ─▶ the copy runs ─▶ it is waited for, and served, over a new connection if need be
+//!                               ├─▶ complete: what is frozen here dies
+//!                               └─▶ lost: what is frozen here goes on, or waits for a person if both used the same files
 //! ```
 
 use super::Handover;
 use crate::migration::event::Event;
-use crate::migration::handoff::{SourceEvent, SourceState};
+use crate::migration::handoff::SourceEvent;
 use crate::migration::journal::{Owing, OwingSpace, ProcessName};
 use crate::migration::mode::Switch;
 use crate::runtime::Task;
+use crate::source::preflight::writes_to_bind_mounts;
 use crate::source::resume::{Owed, Told};
 use crate::source::send::{FrameSink, PagesToSend};
 use crate::source::serve::{PageServer, Served};
 use crate::source::settle;
-use crate::wire::message::Whole;
+use crate::wire::message::{Fate, RootfsMode, Whole};
 use std::time::{Duration, Instant};
 
 /// How often is told how far the serving is.
@@ -58,12 +61,8 @@ impl<S: FrameSink> Handover<'_, S> {
         Some(SourceEvent::PeerLost)
     }
 
-    /// What recovery needs to serve in our place; `None` if nothing is owed. Taken down while the tasks are held: later a pid
-    /// could be another process's.
-    pub(super) fn take_down_owing(&self) -> Option<Owing> {
-        if self.owed.is_empty() {
-            return None;
-        }
+    /// What recovery needs to go on in our place. Taken down while the tasks are held: later a pid could be another process's.
+    pub(super) fn take_down_owing(&self) -> Owing {
         let space = |pages: &PagesToSend| OwingSpace {
             space: pages.space,
             process: ProcessName {
@@ -74,39 +73,58 @@ impl<S: FrameSink> Handover<'_, S> {
                     .map_or(0, |task| task.start_time),
             },
         };
-        Some(Owing {
+        Owing {
             spaces: self.owed.iter().map(space).collect(),
             reconnect_s: self.plan.reconnect_timeout.as_secs(),
             bandwidth_limit: self.plan.bandwidth_limit,
-        })
-    }
-
-    /// What the target's *committed* means here.
-    pub(super) fn who_runs(&self) -> SourceEvent {
-        if self.owed.is_empty() || self.whole {
-            SourceEvent::TargetSaysCommitted
-        } else {
-            SourceEvent::TargetSaysServing
+            shares_files: self.plan.rootfs == RootfsMode::Shared
+                || writes_to_bind_mounts(&self.container.spec),
         }
     }
 
-    /// The target lacks nothing any more. It may say so before it says that the copy runs.
-    pub(super) fn heard_whole(&mut self, whole: Whole) -> Option<SourceEvent> {
-        self.whole = true;
-        self.tell_whole(whole);
-        (self.course.state() == SourceState::Serving).then_some(SourceEvent::TargetSaysCommitted)
+    /// Every owed page has arrived.
+    pub(super) fn heard_whole(&mut self, whole: Whole) {
+        let duration = Duration::from_micros(whole.after_release_us);
+        if self.ended.whole.is_none() {
+            self.ended.whole = Some(duration);
+            (self.emit)(Event::Whole { duration });
+        }
     }
 
-    /// The service over the connection it began on goes on by itself; without it the target is looked for.
+    /// What the target says, unasked, of a copy that it let run.
+    pub(super) fn heard_outcome(&mut self, fate: Fate) -> Option<SourceEvent> {
+        let event = match fate {
+            Fate::Complete => SourceEvent::TargetSaysComplete,
+            Fate::Lost => SourceEvent::TargetSaysLost,
+            fate => {
+                self.because(format!("the target said {fate:?} out of turn"));
+                return Some(SourceEvent::PeerRefused);
+            }
+        };
+        Some(self.if_lost(event))
+    }
+
+    /// What a lost copy means for what is frozen here.
+    pub(super) fn if_lost(&mut self, event: SourceEvent) -> SourceEvent {
+        if event == SourceEvent::TargetSaysLost {
+            self.ended.reason = Some(settle::LOST.into());
+        }
+        event.with_files_shared(self.owing.shares_files)
+    }
+
+    /// Over a connection that lives it goes on by itself; without one the target is looked for.
     pub(super) fn serve_pages(&mut self) -> Option<SourceEvent> {
-        if self.link.is_some() && (self.server.is_some() || self.served) {
+        let served = self.owed.is_empty() || self.server.is_some() || self.served;
+        if self.link.is_some() && served {
             return None;
         }
         // Nothing that matters comes over it any more.
         self.link = None;
         self.server = None;
-        let owing = self.owing.clone()?;
-        let target_journal = self.target_journal?;
+        let owing = self.owing.clone();
+        let Some(target_journal) = self.target_journal else {
+            return Some(SourceEvent::TargetUnreachable);
+        };
         let owed = Owed {
             state_dir: &self.plan.state_dir,
             target: &self.plan.target,
@@ -125,7 +143,7 @@ impl<S: FrameSink> Handover<'_, S> {
         }
         let (emit, lost) = (self.emit, &mut self.lost);
         let since = *lost;
-        let mut whole = Whole::default();
+        let (mut whole, mut filled) = (None, None);
         let (event, reason) = owed.serve(&mut |told| match told {
             Told::Connected => {
                 let duration = since.map_or(Duration::ZERO, |since| since.elapsed());
@@ -138,17 +156,25 @@ impl<S: FrameSink> Handover<'_, S> {
                 }
                 emit(event_of(&served));
             }
-            Told::Whole(said) => whole = said,
+            Told::Whole(said) => whole = Some(said),
+            Told::Filled(said) => filled = Some(said),
         });
-        if event == SourceEvent::TargetSaysCommitted {
+        if let Some(whole) = whole {
             self.heard_whole(whole);
-        } else if self.lost.is_none() {
-            let reason = reason.clone();
-            (self.emit)(Event::LinkLost { reason, patience });
-            self.lost = Some(Instant::now());
         }
-        self.ended.reason = Some(reason);
-        Some(event)
+        self.ended.filled = self.ended.filled.or(filled);
+        self.ended.reason = Some(reason.clone());
+        match event {
+            SourceEvent::TargetSaysComplete | SourceEvent::TargetSaysLost => {}
+            // It is there: only one that is not is given up in the end.
+            SourceEvent::TargetSaysPending => self.lost = Some(Instant::now()),
+            _ if self.lost.is_none() => {
+                (self.emit)(Event::LinkLost { reason, patience });
+                self.lost = Some(Instant::now());
+            }
+            _ => {}
+        }
+        Some(self.if_lost(event))
     }
 
     /// Now and then says how far the service is.
@@ -164,12 +190,6 @@ impl<S: FrameSink> Handover<'_, S> {
             self.serving_told = Some(Instant::now());
             (self.emit)(event_of(&progress.now()));
         }
-    }
-
-    fn tell_whole(&mut self, whole: Whole) {
-        let duration = Duration::from_micros(whole.after_release_us);
-        self.ended.whole.get_or_insert(duration);
-        (self.emit)(Event::Whole { duration });
     }
 }
 

@@ -61,6 +61,9 @@ impl Arrival<'_> {
             command.arg("pager");
             let pager = PagerHandle::spawn(command, &work, &self.host.state_dir, PAGER_PATIENCE);
             self.pager = Some(pager.map_err(|error| fail("starting the pager", &error))?);
+            self.journal
+                .append(&Record::Paged)
+                .map_err(|error| fail("journal", &error))?;
         }
         let signal = self.signal.clone();
         let hooks = HookServer::start(
@@ -315,13 +318,17 @@ impl Arrival<'_> {
     }
 
     /// Stopped is better than wrong.
-    pub(super) fn kill_copy(&mut self) {
-        tracing::error!(container = %self.container, "its missing pages are lost: the container is killed");
-        self.lost = self.owing.as_ref().is_some_and(|owing| !owing.is_whole());
+    pub(super) fn kill_copy(&mut self) -> TargetEvent {
+        tracing::error!(container = %self.container, "its missing pages are lost: the copy is killed, and the source goes on with what it has kept");
         if let Some(owing) = &mut self.owing {
             owing.detach();
         }
-        self.copy().kill();
+        if self.copy().kill() {
+            TargetEvent::CopyKilled
+        } else {
+            thread::sleep(DISCARD_PAUSE);
+            TargetEvent::KillFailed
+        }
     }
 
     pub(super) fn inspect_copy(&mut self) -> TargetEvent {

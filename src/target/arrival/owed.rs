@@ -11,12 +11,12 @@ use crate::target::arrivals::Arrivals;
 use crate::target::owing::{Debt, Owing, OwingEvent};
 use crate::target::page_store::{PageStore, PageStoreLimits};
 use crate::target::pager::{Adopted, OwedMemory};
-use crate::target::remains::Made;
 use crate::target::settle::Orphan;
 use crate::wire::message::{self, Fate, Manifest, SpaceOwner};
 use crate::wire::peer_error::PeerError;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver as Signals, Sender};
+use std::time::Instant;
 use tokio::runtime::Handle;
 
 type Failure = (PeerError, String);
@@ -76,10 +76,12 @@ impl Arrival<'_> {
 
     /// What became of the copy, for a source that asks.
     pub(super) fn fate(&self) -> Fate {
-        match &self.owing {
-            _ if self.lost => Fate::Lost,
-            Some(owing) if !owing.is_whole() => Fate::Serving,
-            _ => Fate::Committed,
+        match self.course.state() {
+            state if state.needs_source() => Fate::Serving,
+            TargetState::Complete => Fate::Complete,
+            TargetState::Lost => Fate::Lost,
+            TargetState::Aborted => Fate::RolledBack,
+            _ => Fate::InProgress,
         }
     }
 
@@ -91,10 +93,7 @@ impl Arrival<'_> {
 
     pub(super) fn owing_event(&mut self) -> Option<TargetEvent> {
         // Whole is told when the copy runs, and not before.
-        let released = self.course.state() == TargetState::Released && !self.lost;
-        if released && self.filled {
-            self.needs_nothing();
-        }
+        let released = self.course.state().needs_source() && !self.pager_lost;
         match self.owing.as_mut().filter(|_| released)?.event()? {
             OwingEvent::Whole => self.tell_whole(),
             OwingEvent::Lost(error) => {
@@ -108,7 +107,7 @@ impl Arrival<'_> {
     }
 
     /// All that is needed is in its place, whatever has not come: what waited for the rest is gone.
-    fn needs_nothing(&mut self) {
+    pub(super) fn needs_nothing(&mut self) {
         if let Some(owing) = self.owing.as_mut().filter(|owing| !owing.is_whole()) {
             owing.forget();
             self.tell_whole();
@@ -137,32 +136,25 @@ impl Arrival<'_> {
         self.connection = Some(connection.clone());
         self.link += 1;
         listen(self.link);
-        let answer = match (
-            self.course.state(),
-            self.fate(),
-            &mut self.owing,
-            &self.pager,
-        ) {
-            (TargetState::Released, Fate::Serving, Some(owing), Some(pager)) => {
+        let fate = self.fate();
+        if fate != Fate::Serving {
+            self.told.get_or_insert_with(Instant::now);
+            self.say(message::Outcome {
+                journal: self.journal_id,
+                fate,
+            });
+            return;
+        }
+        let answer = match (&mut self.owing, &self.pager) {
+            (Some(owing), Some(pager)) if !owing.is_whole() => {
                 owing.resume(pager, &connection).map(|()| true)
             }
             _ => Ok(false),
         };
         match answer {
-            Ok(true) => {
-                tracing::info!(container = %self.container, "the source is back");
-                self.say(message::Resumed {});
-            }
-            Ok(false) => {
-                let fate = match self.course.state() {
-                    TargetState::Released => self.fate(),
-                    TargetState::Aborted => Fate::RolledBack,
-                    _ => Fate::InProgress,
-                };
-                self.say(message::Outcome {
-                    journal: self.journal_id,
-                    fate,
-                });
+            Ok(owed) => {
+                tracing::info!(container = %self.container, owed, "the source is back");
+                self.say(message::Resumed { owed });
             }
             Err(error) => {
                 tracing::error!(container = %self.container, %error, "cannot go on with the source that is back");
@@ -173,7 +165,7 @@ impl Arrival<'_> {
 }
 
 impl<'a> Arrival<'a> {
-    /// A copy that runs and is owed pages, taken over from an agent that died. Whoever serves it has to come back.
+    /// A copy that ran and is not known to be complete, taken over from an agent that died. The source has to come back.
     pub fn adopt(
         host: &'a Host,
         orphan: Orphan,
@@ -186,6 +178,8 @@ impl<'a> Arrival<'a> {
         let Orphan {
             journal,
             opened,
+            made,
+            paged,
             owed,
             lock,
             adopted,
@@ -242,10 +236,10 @@ impl<'a> Arrival<'a> {
                 opened.container.as_str(),
                 opened.migration,
             ),
-            made: Made::default(),
+            made,
             lock: Some(lock),
             all_cgroups: Vec::new(),
-            owing: Some(Owing::new(Arc::clone(&store), debts)),
+            owing: (!debts.is_empty()).then(|| Owing::new(Arc::clone(&store), debts)),
             store,
             receiver: None,
             course: Course::recover(TargetRecord::Released),
@@ -254,17 +248,18 @@ impl<'a> Arrival<'a> {
             hooks: None,
             hook: None,
             restore: None,
-            filled: pager.is_none(),
+            filled: false,
             pager,
             armed: true,
+            watched: paged,
             pager_lost: false,
-            lost: false,
             leaving: false,
             deadline: None,
             reason: None,
             manifest: None,
             times: Times::default(),
             released: None,
+            told: None,
         })
     }
 }

@@ -124,6 +124,8 @@ impl Pager {
                     order: "something other than Listen",
                 });
             };
+            let provision =
+                Provision::new(&work_dir, &state_dir).map_err(PagerError::Provision)?;
             let marks = Arc::new(ReadMarks::create()?);
             let link = Arc::new(StandbyLink::start(
                 &work_dir,
@@ -138,7 +140,6 @@ impl Pager {
             agent
                 .send(&PagerEvent::Listening)
                 .map_err(PagerError::Agent)?;
-            let provision = Provision::new(&work_dir, &state_dir);
             Ok((
                 Mirror { link, marks },
                 listener,

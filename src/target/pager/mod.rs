@@ -24,7 +24,8 @@
 //! userfaultfd is held by two processes:
 //!
 //! - *The agent dies* before `Released`: pager and standby drop everything; CRIU's hook fails too and no
-//!   task has run. After `Released`: nothing changes.
+//!   task has run. After `Released`: nothing changes. A restarted agent sees by their lock and their mark whether they work,
+//!   are done, or died ([`Life`]).
 //! - *The pager dies* after `Released`: the standby has the memfds, the userfaultfds, the maps and CRIU's connection, wakes
 //!   all sleepers and serves on. What the pager had placed is found in place (EEXIST) or freed (a hole, and never
 //!   asked for again). If the pager died while it was reading events, what it read is lost and the standby
@@ -44,9 +45,10 @@
 //!   agent has nothing to do (it hears `TookOver`).
 //! - *A process exits while it waits*: no event tells, so those who wait for owed pages are probed four times a second.
 //!
-//! What remains: both dying together (SIGKILL to both, a host-wide OOM although both ask to be spared; a service manager
-//! that kills the agent's whole cgroup: its unit needs `KillMode=process`), and the pager dying after a standby
-//! was lost. The agent, if alive, sees the end of its socket and must kill the container then. And a child whose fork the
+//! What remains: both dying together (SIGKILL to both, a host-wide OOM although both ask to be spared), and the pager dying
+//! after a standby was lost. They are in a cgroup of their own, so that a service manager that kills the agent's does not
+//! kill them. The agent sees the end of its socket, or the next agent their lock without a holder; it kills the container, and
+//! the source goes on with what it has kept. And a child whose fork the
 //! pager had read when it died, before the standby had its userfaultfd: it runs on zeros for the moment until the standby kills
 //! the container.
 //!
@@ -80,7 +82,7 @@ pub use control::{
 };
 pub use daemon::PagerError;
 pub use family::FamilyError;
-pub use provision::{DONE_MARK, STALL_RECORD, SUPPLY_SOCKET, is_dead};
+pub use provision::{Life, STALL_RECORD, SUPPLY_SOCKET};
 pub use standby::{DEATH_RECORD, StandbyFailure};
 pub use standby_link::StandbyError;
 pub use supply::{Heard, SupplyLine, SupplyMessage};

@@ -22,7 +22,7 @@ use crate::target::arrivals::Arrivals;
 use rustix::fs::FlockOperation;
 use rustix::net::sockopt;
 use serde::Serialize;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -32,19 +32,42 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 /// The socket for an agent that adopts a pager, in the parent of CRIU's work directory.
 pub const SUPPLY_SOCKET: &str = "supply.sock";
 
-/// A file beside [`SUPPLY_SOCKET`] that pager and standby have locked as long as they live.
+/// A file beside [`SUPPLY_SOCKET`] that pager and standby have locked as long as they live, and that a pager renames when every
+/// page is in its place: that needs no room on the disk, and there is no moment in which it is neither.
 const LOCK: &str = "pager.lock";
 
-/// Whether neither the pager of a post-copy nor its standby lives any more; `directory` is where their files are.
-pub fn is_dead(directory: &Path) -> bool {
-    let Ok(file) = File::open(directory.join(LOCK)) else {
-        return true;
-    };
-    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+/// The mark of a pager that has brought every page to its place: what [`LOCK`] is called then.
+const DONE_MARK: &str = "pager-done";
+
+/// What can be seen of a pager by those that do not have its socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// It or its standby lives, and pages are missing.
+    Filling,
+    /// Every page is in its place, or nobody wants it any more.
+    Done,
+    /// Both died with pages missing.
+    Dead,
 }
 
-/// The mark of a pager that has brought every page to its place, beside [`SUPPLY_SOCKET`].
-pub const DONE_MARK: &str = "pager-done";
+impl Life {
+    /// Of the pager of a copy that was released on this host since it was started; `directory` is where its files are.
+    pub fn of(directory: &Path) -> Life {
+        let done = || directory.join(DONE_MARK).exists();
+        let held = match File::open(directory.join(LOCK)) {
+            Ok(lock) => {
+                rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err()
+            }
+            Err(_) => false,
+        };
+        // The mark is looked for last: it may have been made a moment ago, and its maker has ended since.
+        match held {
+            _ if done() => Life::Done,
+            true => Life::Filling,
+            false => Life::Dead,
+        }
+    }
+}
 
 /// The record of a container that was frozen because nobody brought its pages, beside [`SUPPLY_SOCKET`].
 pub const STALL_RECORD: &str = "pager-stalled.json";
@@ -74,8 +97,7 @@ struct StallRecord<'a> {
 pub(super) struct Provision {
     directory: PathBuf,
     terms: Terms,
-    post_copy: bool,
-    /// Locked as long as this process lives: see [`is_dead`].
+    /// Locked as long as this process lives: see [`Life`].
     lock: Option<File>,
     /// Those that still want pages.
     tasks: Vec<OwingTask>,
@@ -114,11 +136,19 @@ struct Stranded {
 }
 
 impl Provision {
-    pub fn new(work_dir: &Path, state_dir: &Path) -> Self {
-        Provision {
-            directory: work_dir.parent().unwrap_or(state_dir).to_owned(),
+    /// What is known before anything is: where the files are, and that this process lives.
+    pub fn new(work_dir: &Path, state_dir: &Path) -> io::Result<Self> {
+        let directory = work_dir.parent().unwrap_or(state_dir).to_owned();
+        let lock = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(directory.join(LOCK))?;
+        rustix::fs::flock(&lock, FlockOperation::LockShared)?;
+        Ok(Provision {
+            directory,
+            lock: Some(lock),
             ..Provision::default()
-        }
+        })
     }
 
     pub fn set_terms(&mut self, terms: Terms) {
@@ -133,11 +163,6 @@ impl Provision {
         arrivals: &Arrivals,
         owed: Vec<PageRange>,
     ) -> io::Result<()> {
-        if !std::mem::replace(&mut self.post_copy, true) {
-            let lock = File::create(self.directory.join(LOCK))?;
-            rustix::fs::flock(&lock, FlockOperation::LockShared)?;
-            self.lock = Some(lock);
-        }
         self.tasks.push(OwingTask {
             vpid,
             memfd: memfd.try_clone_to_owned()?,
@@ -230,13 +255,11 @@ impl Provision {
     /// Removes what lies about: nobody waits any more. An agent that comes back finds no pager, and must not take that for
     /// one that died.
     pub fn finish(&mut self) {
-        if self.post_copy {
-            if let Err(error) = File::create(self.directory.join(DONE_MARK)) {
-                tracing::warn!("the mark of a pager that is done: {error}");
-            }
-            self.clear();
-            let _ = fs::remove_file(self.directory.join(LOCK));
+        let [lock, mark] = [LOCK, DONE_MARK].map(|name| self.directory.join(name));
+        if let Err(error) = fs::rename(lock, mark) {
+            eprintln!("migrate pager: the mark of a pager that is done: {error}");
         }
+        self.clear();
     }
 
     /// Owed pages that are not on record, of tasks that still want some.

@@ -148,7 +148,8 @@ impl Standby {
                     work_dir,
                     state_dir,
                 } => {
-                    self.provision = Provision::new(&work_dir, &state_dir);
+                    self.provision =
+                        Provision::new(&work_dir, &state_dir).map_err(StandbyFailure::Provision)?;
                     self.state_dir = state_dir;
                     self.pager = Some(fd.ok_or(missing("Watch"))?);
                 }

@@ -10,8 +10,7 @@
 //! ```
 //!
 //! Nothing is synced while a pass is applied, because the last pass lies in the freeze. A crash of the host
-//! loses the copy, not the container, until the caller has called [`RootfsTarget::sync`]; it does that
-//! between passes (cheap then: most is written back already) and before the source may forget its copy.
+//! loses the copy, not the container: the source keeps what it has until [`sync_files`] has been called.
 
 mod beneath;
 mod metadata;
@@ -28,13 +27,24 @@ use crate::wire::rootfs::{
 use beneath::Beneath;
 use place::{OpenFile, Room};
 use remove::{remove_at, sweep};
-use rustix::fs::{CWD, Mode, OFlags, Timespec, mkdirat, openat, syncfs};
+use rustix::fs::{CWD, Mode, OFlags, Timespec, mkdirat, open, openat, syncfs};
 use rustix::io::Errno;
 use std::collections::HashSet;
 use std::io::{self, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 use xxhash_rust::xxh3::xxh3_128_with_seed;
+
+/// Writes what lies in `directory` to stable storage: the whole filesystem it is on (`syncfs`).
+pub fn sync_files(directory: &Path) -> Result<(), TargetError> {
+    open(directory, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .and_then(|opened| syncfs(&opened))
+        .map_err(|source| TargetError::Destination {
+            action: "syncing",
+            path: directory.to_owned(),
+            source,
+        })
+}
 
 /// How much a peer may put at the destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -260,15 +270,6 @@ impl RootfsTarget {
             let _ = session.flush();
         }
         served
-    }
-
-    /// Writes everything received to stable storage (`syncfs`: the whole filesystem it lies on).
-    pub fn sync(&self) -> Result<(), TargetError> {
-        syncfs(self.tree.root()).map_err(|source| TargetError::Destination {
-            action: "syncing",
-            path: self.destination.clone(),
-            source,
-        })
     }
 
     fn serve_passes<S: Read + Write>(

@@ -420,16 +420,19 @@ pub struct Filled {
     pub after_release_us: u64,
 }
 
-/// Every owed page has arrived: nothing of the container is needed at the source any more.
+/// Every owed page has arrived. The source is still needed until it hears [`Fate::Complete`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Whole {
     /// From the release to the last page's arrival, in microseconds.
     pub after_release_us: u64,
 }
 
-/// Go on sending owed pages: which are still missing comes on the fault streams.
+/// The copy runs and is not complete: an [`Outcome`] follows when it is, or when it is lost.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Resumed {}
+pub struct Resumed {
+    /// Go on sending owed pages: which are still missing comes on the fault streams.
+    pub owed: bool,
+}
 
 /// What became of a migration.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -444,11 +447,12 @@ pub struct Outcome {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Fate {
-    /// The container was released here: only the target may run it. It needs nothing from the source any more.
-    Committed,
-    /// The container was released here and is owed pages that only the source has.
+    /// The container was released here, every page is in its place and every file on disk: nothing of it is needed at the
+    /// source any more.
+    Complete,
+    /// The container was released here: only the target may run it. What the source has is still needed.
     Serving,
-    /// The container was released here and ended when pages it was owed could not be had. Nothing can be sent to it any more.
+    /// The container was released here and was lost before it was complete. It can never run here again.
     Lost,
     /// The container was not released here and never will be.
     RolledBack,

@@ -156,7 +156,7 @@ fn every_message_survives_the_wire() {
         .into(),
         Outcome {
             journal: JournalId::from_bytes([2; 16]),
-            fate: Fate::Committed,
+            fate: Fate::Complete,
         }
         .into(),
         Outcome {

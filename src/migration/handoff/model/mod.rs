@@ -2,9 +2,10 @@
 //! reorders, disks that fail half-way, hooks and CRIU that die, and a crash of either end after every action.
 //!
 //! The world is small enough to visit all of it. In every state: never two copies running, never a copy that
-//! runs on old memory, never a source that destroyed the only copy. And from every state, once nothing fails
-//! any more, both ends can settle with exactly one copy running. The last tests break one rule each and
-//! see the walk notice.
+//! runs on old memory, never a source that destroyed what it had before the copy was complete, never a source that goes on
+//! with a container whose copy may run. And from every state, once nothing fails any more, both ends can settle with
+//! exactly one copy running, or with a person asked where both used the same files. The last tests break one rule each
+//! and see the walk notice.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -32,6 +33,15 @@ fn no_interleaving_of_losses_and_crashes_breaks_the_handover() {
         "no interleaving ever rolls back"
     );
     assert!(
+        ends.iter()
+            .any(|world| world.here == Here::Running && world.has_run()),
+        "no interleaving ever takes back a container whose copy was lost"
+    );
+    assert!(
+        ends.iter().any(|world| world.here == Here::Frozen),
+        "no interleaving ever asks a person"
+    );
+    assert!(
         walk.worlds.len() > 10_000,
         "only {} states: the model has lost its faults",
         walk.worlds.len()
@@ -56,16 +66,40 @@ fn the_walk_notices_a_source_that_takes_silence_for_a_no() {
 #[test]
 fn the_walk_notices_a_target_that_answers_before_its_copy_runs() {
     broken_by(
-        Flaw::CommittedSaidBeforeRelease,
-        "the source destroyed the only copy",
+        Flaw::CompleteSaidBeforeRelease,
+        "the source destroyed what the copy may still need",
     );
 }
 
 #[test]
-fn the_walk_notices_a_target_that_says_whole_while_pages_are_missing() {
+fn the_walk_notices_a_target_that_says_complete_when_its_copy_runs() {
     broken_by(
-        Flaw::WholeSaidBeforeItIs,
-        "the source destroyed pages that the copy lacks",
+        Flaw::CompleteSaidAtRelease,
+        "the source destroyed what the copy may still need",
+    );
+}
+
+#[test]
+fn the_walk_notices_a_target_that_says_complete_while_pages_are_missing() {
+    broken_by(
+        Flaw::CompleteSaidBeforeItIs,
+        "the source destroyed what the copy may still need",
+    );
+}
+
+#[test]
+fn the_walk_notices_a_target_that_says_complete_before_its_files_are_on_disk() {
+    broken_by(
+        Flaw::FilesNotSynced,
+        "the source destroyed what the copy may still need",
+    );
+}
+
+#[test]
+fn the_walk_notices_a_copy_said_to_be_lost_while_it_runs() {
+    broken_by(
+        Flaw::LostSaidBeforeKill,
+        "a copy that was said to be lost may run",
     );
 }
 
@@ -105,11 +139,14 @@ enum Flaw {
     HookLetsGoWithoutRecord,
     DecidingIsNotDurable,
     SilenceMeansNo,
-    CommittedSaidBeforeRelease,
+    CompleteSaidBeforeRelease,
+    CompleteSaidAtRelease,
+    CompleteSaidBeforeItIs,
+    FilesNotSynced,
+    LostSaidBeforeKill,
     RolledBackSaidBeforeDiscard,
     HoldNotConfirmed,
     NeverAsks,
-    WholeSaidBeforeItIs,
 }
 
 /// Whether a step is the world going on or something failing.
@@ -129,15 +166,16 @@ struct Walk {
 
 impl Walk {
     fn through_everything(flaw: Flaw) -> Result<Walk, String> {
-        // A move whose copy runs when it is whole, and one whose copy is owed pages.
-        let first = [World::first(false), World::first(true)];
+        // A move whose memory is at the target when its copy runs, and one whose copy is owed pages; each with files of its own
+        // and with files that both ends use.
+        let first = [(false, false), (false, true), (true, false), (true, true)]
+            .map(|(owed, sharing)| World::first(owed, sharing));
         let mut walk = Walk {
             worlds: first.to_vec(),
-            before: vec![Vec::new(); 2],
+            before: vec![Vec::new(); first.len()],
         };
-        let [whole, owed] = first;
-        let mut known = HashMap::from([(whole, 0), (owed, 1)]);
-        let mut queue = VecDeque::from([0, 1]);
+        let mut known: HashMap<World, usize> = first.into_iter().zip(0..).collect();
+        let mut queue: VecDeque<usize> = (0..walk.worlds.len()).collect();
         while let Some(index) = queue.pop_front() {
             let world = walk.worlds[index].clone();
             for (kind, next) in world.steps(flaw)? {

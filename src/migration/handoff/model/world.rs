@@ -32,9 +32,19 @@ enum Message {
     Abort,
     Prepared,
     Serving,
-    Committed,
+    Complete,
+    Lost,
     RolledBack,
     Pending,
+}
+
+/// What brings the copy's pages to their places, from the release on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Pager {
+    Filling,
+    Done,
+    /// It died with pages missing.
+    Dead,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -62,14 +72,23 @@ pub(super) struct World {
 
     /// Pages are missing at the target that only the source has.
     owed: bool,
+    pager: Pager,
+    /// The copy's files are on disk.
+    synced: bool,
+    /// The container ended at the target as any may, with nothing wrong.
+    ended: bool,
+    /// The target's host was restarted.
+    restarted: bool,
+    /// The copy writes to files that the frozen container uses too.
+    sharing: bool,
 
     /// Messages under way, as a set of bits: any may arrive next, twice or never.
     under_way: u16,
 }
 
 impl World {
-    /// `owed`: the target's copy will run before it has every page.
-    pub(super) fn first(owed: bool) -> World {
+    /// `owed`: the target's copy will run before it has every page. `sharing`: both use the same files.
+    pub(super) fn first(owed: bool, sharing: bool) -> World {
         World {
             source: Some(Course::start()),
             source_answer: None,
@@ -85,6 +104,11 @@ impl World {
             orphan: false,
             marked: false,
             owed,
+            pager: Pager::Filling,
+            synced: false,
+            ended: false,
+            restarted: false,
+            sharing,
             under_way: 0,
         }
     }
@@ -96,13 +120,34 @@ impl World {
         if self.there == There::Running && self.stale {
             return Err("the copy runs on old memory");
         }
-        if self.here == Here::Dead && !self.marked {
-            return Err("the source destroyed the only copy");
+        if self.here == Here::Dead && !self.is_complete() {
+            return Err("the source destroyed what the copy may still need");
         }
-        if self.here == Here::Dead && self.there == There::Running && self.owed {
-            return Err("the source destroyed pages that the copy lacks");
+        if self.here == Here::Running && self.marked && self.target_disk != TargetRecord::Lost {
+            return Err("the source runs a container whose copy is not known to be lost");
+        }
+        if self.target_disk == TargetRecord::Lost
+            && (matches!(self.there, There::Running | There::Held) || self.orphan)
+        {
+            return Err("a copy that was said to be lost may run");
+        }
+        if self.ended && self.pager == Pager::Done && !self.restarted && self.here == Here::Running
+        {
+            return Err("a container that had run to its end runs again");
         }
         Ok(())
+    }
+
+    pub(super) fn has_run(&self) -> bool {
+        self.marked
+    }
+
+    /// All of it is in its place and on disk, and the target has that on record.
+    fn is_complete(&self) -> bool {
+        self.target_disk == TargetRecord::Complete
+            && self.pager == Pager::Done
+            && self.synced
+            && !self.owed
     }
 
     /// Both ends know the outcome, nothing is left to do, and exactly one copy runs.
@@ -118,10 +163,17 @@ impl World {
         let one = match (self.here, self.there) {
             (Here::Running, There::Nothing | There::Gone) => true,
             (Here::Dead, There::Running) => true,
-            // It ran at the target and ended there, as any container may.
+            // It ran at the target and ended there, as any container may, or with its host.
             (Here::Dead, There::Gone) => self.marked,
+            // Nothing runs, and a person is told.
+            (Here::Frozen, There::Gone) => self.sharing && self.target_disk == TargetRecord::Lost,
             _ => false,
         };
+        let source = source
+            || self
+                .source
+                .as_ref()
+                .is_some_and(|course| course.state() == SourceState::Stranded && course.is_idle());
         source
             && target
             && one
@@ -137,6 +189,7 @@ impl World {
         self.target_steps(flaw, &mut steps)?;
         self.network_steps(&mut steps)?;
         self.pages_steps(&mut steps);
+        self.copy_steps(&mut steps);
         if self.orphan {
             self.orphan_hook(flaw, &mut steps);
         }
@@ -157,12 +210,45 @@ impl World {
             whole.owed = false;
             steps.push((Kind::Works, whole));
         }
+        // The pager works by itself, with or without an agent.
+        if !self.owed && self.pager == Pager::Filling && self.marked && self.there != There::Held {
+            let mut done = self.clone();
+            done.pager = Pager::Done;
+            steps.push((Kind::Works, done));
+        }
+    }
+
+    /// What becomes of the copy and of its pager, whoever is alive to see it.
+    fn copy_steps(&self, steps: &mut Steps) {
+        if self.pager == Pager::Filling && self.marked {
+            let mut lost = self.clone();
+            lost.pager = Pager::Dead;
+            steps.push((Kind::Fails, lost));
+        }
+        if self.there == There::Running && !self.ended {
+            let mut ended = self.clone();
+            ended.there = There::Gone;
+            ended.ended = true;
+            steps.push((Kind::Fails, ended));
+        }
+        if !self.restarted && self.there != There::Nothing {
+            let mut restarted = self.clone();
+            restarted.restarted = true;
+            restarted.target = None;
+            restarted.target_answer = None;
+            restarted.orphan = false;
+            restarted.there = There::Gone;
+            if restarted.pager == Pager::Filling {
+                restarted.pager = Pager::Dead;
+            }
+            steps.push((Kind::Fails, restarted));
+        }
     }
 
     fn network_steps(&self, steps: &mut Steps) -> Result<(), String> {
         use Message::*;
         for message in [
-            Skeleton, Commit, Query, Abort, Prepared, Serving, Committed, RolledBack, Pending,
+            Skeleton, Commit, Query, Abort, Prepared, Serving, Complete, Lost, RolledBack, Pending,
         ] {
             if !self.carries(message) {
                 continue;
@@ -177,14 +263,19 @@ impl World {
                 Abort => lost.target_sees(TargetEvent::Abort)?,
                 Prepared => lost.source_sees(SourceEvent::TargetPrepared)?,
                 Serving => lost.source_sees(SourceEvent::TargetSaysServing)?,
-                Committed => lost.source_sees(SourceEvent::TargetSaysCommitted)?,
+                Complete => lost.source_sees(SourceEvent::TargetSaysComplete)?,
+                Lost if self.sharing => lost.source_sees(SourceEvent::TargetSaysLostSharing)?,
+                Lost => lost.source_sees(SourceEvent::TargetSaysLost)?,
                 RolledBack => lost.source_sees(SourceEvent::TargetSaysRolledBack)?,
                 Pending => lost.source_sees(SourceEvent::TargetSaysPending)?,
             };
             let Some(arrived) = arrived else { continue };
             // Only what is sent in datagrams of their own could come twice; a question and its answers may, on
             // a second connection.
-            if matches!(message, Query | Commit | Serving | Committed | RolledBack) {
+            if matches!(
+                message,
+                Query | Commit | Serving | Complete | Lost | RolledBack
+            ) {
                 let mut twice = arrived.clone();
                 twice.under_way |= bit(message);
                 steps.push((Kind::Fails, twice));
@@ -380,6 +471,8 @@ impl World {
             let mut acting = self.clone();
             if let Some(action) = acting.target.as_mut().and_then(Course::next_action) {
                 acting.target_does(action, flaw, steps);
+            } else if let Some(news) = self.news_of_copy(course.state(), flaw) {
+                steps.extend(self.target_sees(news)?.map(|world| (Kind::Works, world)));
             }
         }
 
@@ -406,6 +499,19 @@ impl World {
         Ok(())
     }
 
+    /// What a look at a copy that was released tells.
+    fn news_of_copy(&self, state: TargetState, flaw: Flaw) -> Option<TargetEvent> {
+        match (state, self.pager) {
+            (TargetState::Released, _) if self.restarted => Some(TargetEvent::FoundLost),
+            (TargetState::Released, Pager::Done) => Some(TargetEvent::PagerDone),
+            (TargetState::Released, Pager::Dead) => Some(TargetEvent::PagerLost),
+            (TargetState::Released, Pager::Filling) if flaw == Flaw::CompleteSaidBeforeItIs => {
+                Some(TargetEvent::PagerDone)
+            }
+            _ => None,
+        }
+    }
+
     fn target_does(mut self, action: TargetAction, flaw: Flaw, steps: &mut Steps) {
         use TargetAction::*;
         match action {
@@ -426,21 +532,43 @@ impl World {
             }
             RecordPrepared => self.target_writes(TargetRecord::Prepared, steps),
             RecordCommitted => {
-                if flaw == Flaw::CommittedSaidBeforeRelease {
-                    self.under_way |= bit(Message::Committed);
+                if flaw == Flaw::CompleteSaidBeforeRelease {
+                    self.under_way |= bit(Message::Complete);
                 }
                 self.target_writes(TargetRecord::Committed, steps);
             }
             RecordReleased => self.target_writes(TargetRecord::Released, steps),
             RecordAborted => self.target_writes(TargetRecord::Aborted, steps),
             AnswerPrepared => steps.push((Kind::Works, self.sends(Message::Prepared))),
-            AnswerCommitted if self.owed && flaw != Flaw::WholeSaidBeforeItIs => {
-                steps.push((Kind::Works, self.sends(Message::Serving)))
+            RecordComplete => self.target_writes(TargetRecord::Complete, steps),
+            RecordLost => self.target_writes(TargetRecord::Lost, steps),
+            AnswerCommitted if flaw == Flaw::CompleteSaidAtRelease => {
+                steps.push((Kind::Works, self.sends(Message::Complete)))
             }
-            AnswerCommitted => steps.push((Kind::Works, self.sends(Message::Committed))),
+            AnswerCommitted => steps.push((Kind::Works, self.sends(Message::Serving))),
+            AnswerComplete => steps.push((Kind::Works, self.sends(Message::Complete))),
+            AnswerLost => steps.push((Kind::Works, self.sends(Message::Lost))),
+            SyncFiles => {
+                steps.push((
+                    Kind::Fails,
+                    self.clone().target_answers(TargetEvent::SyncFailed),
+                ));
+                self.synced |= flaw != Flaw::FilesNotSynced;
+                steps.push((Kind::Works, self.target_answers(TargetEvent::FilesSynced)));
+            }
+            KillCopy => {
+                steps.push((
+                    Kind::Fails,
+                    self.clone().target_answers(TargetEvent::KillFailed),
+                ));
+                if flaw != Flaw::LostSaidBeforeKill {
+                    self.there = There::Gone;
+                }
+                steps.push((Kind::Works, self.target_answers(TargetEvent::CopyKilled)));
+            }
             AnswerRolledBack => steps.push((Kind::Works, self.sends(Message::RolledBack))),
             AnswerPending => steps.push((Kind::Works, self.sends(Message::Pending))),
-            StartOrphanTimer | KillCopy => steps.push((Kind::Works, self)),
+            StartOrphanTimer => steps.push((Kind::Works, self)),
             ReleaseCopy if self.there == There::Held => {
                 let mut failed = self.clone();
                 failed.there = There::Gone;
@@ -471,6 +599,8 @@ impl World {
             }
             InspectCopy => {
                 let answer = match (self.there, self.marked) {
+                    // The mark may not have reached the disk.
+                    _ if self.restarted => TargetEvent::FoundLost,
                     (There::Running, _) => TargetEvent::FoundRunning,
                     (_, true) => TargetEvent::FoundGone,
                     (_, false) => TargetEvent::FoundNeverRan,
