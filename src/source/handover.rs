@@ -334,7 +334,10 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             return Some(event);
         }
         if self.began.elapsed() > self.plan.timeout {
-            self.because(format!("not done within {:?}", self.plan.timeout));
+            self.because(format!(
+                "not done within {:?} (--timeout)",
+                self.plan.timeout
+            ));
             return Some(SourceEvent::Timeout);
         }
         self.dump_failed()
@@ -732,7 +735,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
         }))
     }
 
-    fn because(&mut self, reason: String) {
+    pub(super) fn because(&mut self, reason: String) {
         tracing::info!(state = ?self.course.state(), %reason, "a step failed");
         self.ended.reason.get_or_insert(reason);
     }

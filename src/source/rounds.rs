@@ -156,8 +156,16 @@ impl<S: FrameSink> Handover<'_, S> {
             (self.emit)(Event::RoundFinished(report.clone()));
             done.push(report);
             fault::before("source", format_args!("Round"));
-            let Course::Freeze { why, switch } = verdict.course else {
-                continue;
+            let (why, switch) = match verdict.course {
+                Course::Continue => continue,
+                Course::Freeze { why, switch } => (why, switch),
+                Course::GiveUp => {
+                    self.because(format!(
+                        "not done within {:?} (--timeout): a freeze now would cost {:.1?} of downtime, and the limit is {:?}",
+                        limits.timeout, verdict.predicted.downtime, limits.downtime
+                    ));
+                    return Err(RoundsError::Interrupted(SourceEvent::Timeout));
+                }
             };
             if self.slow_instead(&verdict, &limits) {
                 since_slowed = measured.len();
