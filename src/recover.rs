@@ -112,6 +112,9 @@ fn source_end(state_dir: &Path, migration: MigrationId, sharing: Sharing) -> Opt
         Ok(Some(Settled::RolledBack)) => End::RolledBack,
         Ok(Some(Settled::TakenBack)) => End::TakenBack,
         Ok(Some(Settled::Stranded)) => End::Stranded,
+        Ok(Some(Settled::StandsStill { reason })) => End::Stuck(format!(
+            "rolled back, and the container does not go on: {reason}"
+        )),
         Ok(Some(Settled::Unknown { reason })) => End::Unknown(reason),
         Ok(Some(Settled::Incomplete { reason, .. })) => End::Incomplete(reason),
         Err(error) => End::Stuck(error.to_string()),

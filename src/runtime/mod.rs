@@ -7,8 +7,9 @@ pub mod home;
 pub mod instance;
 pub mod lock;
 pub mod runc;
+pub mod stopped;
 mod task;
 
-pub use freezer::{FreezeError, Freezer, Frozen, Pinned, is_gone};
+pub use freezer::{FreezeError, Freezer, FreezerState, Frozen, Pinned, is_gone};
 pub use instance::Instance;
 pub use task::{Task, pids_of_cgroup, tasks_of_cgroup};

@@ -3,6 +3,8 @@
 //! The journal says where the handover stood; the same table as in a running migration says what to do. Only the
 //! target's word settles a migration in which *commit* may have been sent: until then the container stays frozen.
 
+use super::dump_processes::DumpProcesses;
+use super::going_on;
 use super::link::{Link, LinkError};
 use super::plan::Plan;
 use super::remains::{self, LeftCopy};
@@ -38,6 +40,9 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long a CRIU whose engine died may take to undo or finish its dump.
 const CRIU_PATIENCE: Duration = Duration::from_secs(20);
+
+/// After which a CRIU that should let go seems to wait for something.
+const SLOW: Duration = Duration::from_secs(2);
 
 /// Why a migration could not be settled.
 #[derive(Debug, Error)]
@@ -84,6 +89,11 @@ pub enum Settled {
         patience: Duration,
         /// Some pages were sent meanwhile.
         served: bool,
+    },
+    /// It is to go on here, and cannot be seen to.
+    StandsStill {
+        /// Why.
+        reason: String,
     },
     /// The target has not said; the container stays frozen.
     Unknown {
@@ -303,6 +313,7 @@ pub fn settle_as(
         is_anothers,
         journal,
         reason: String::new(),
+        stands_still: None,
         served: false,
         was_lost: false,
         sharing,
@@ -385,6 +396,7 @@ struct Recovery<'a> {
     is_anothers: bool,
     journal: Journal,
     reason: String,
+    stands_still: Option<String>,
     /// Owed pages were sent, or the target was there.
     served: bool,
     /// The target has said that its copy is lost.
@@ -428,6 +440,9 @@ impl Recovery<'_> {
                 _ => {}
             }
         }
+        if let Some(reason) = self.stands_still {
+            return Settled::StandsStill { reason };
+        }
         let settled = match course.state() {
             SourceState::Committed => Settled::Committed,
             SourceState::RolledBack if self.was_lost => Settled::TakenBack,
@@ -469,7 +484,13 @@ impl Recovery<'_> {
             SourceAction::ResumeContainer => {
                 // On record first: a hook that still holds the dump reads it and makes CRIU let go.
                 self.write(&Record::RolledBack);
-                self.wait_for_dump();
+                self.wait_for_dump(|| {
+                    // Perhaps for that: CRIU cannot take hold of some tasks while they are frozen.
+                    if self.may_touch() {
+                        let thawed = remains::thaw(&self.freezer(), &self.instance);
+                        self.tidy("thaw the container", thawed);
+                    }
+                });
                 if self.may_touch() {
                     let opened = &self.recovered.opened;
                     let went_on = remains::let_go_on(
@@ -479,6 +500,12 @@ impl Recovery<'_> {
                         &self.instance,
                     );
                     self.tidy("let the container go on", went_on);
+                    let goes_on = going_on::make_sure(
+                        &self.freezer(),
+                        &self.instance,
+                        self.dump().as_ref(),
+                    );
+                    self.stands_still = goes_on.err().map(|error| error.to_string());
                 }
                 None
             }
@@ -488,7 +515,7 @@ impl Recovery<'_> {
                         "kill the frozen copy",
                         remains::kill_frozen(&self.freezer(), &self.instance),
                     );
-                    self.wait_for_dump();
+                    self.wait_for_dump(|| {});
                     let opened = &self.recovered.opened;
                     let copy = LeftCopy {
                         runc: &Runc::new(&opened.runtime_root),
@@ -598,21 +625,35 @@ impl Recovery<'_> {
         })
     }
 
-    /// Waits for the dump that the dead engine started, and kills what does not end.
-    fn wait_for_dump(&self) {
-        let deadline = Instant::now() + CRIU_PATIENCE;
-        for leftover in &self.recovered.leftovers {
-            let Leftover::Process { what, process } = leftover else {
-                continue;
-            };
-            let task = Task::on_record(process.pid, process.start_time);
-            while self.same_boot() && task.exists() && Instant::now() < deadline {
-                thread::sleep(Duration::from_millis(5));
+    /// The processes of the dump that the dead engine started.
+    fn dump(&self) -> Option<DumpProcesses> {
+        let runtime = self.recovered.leftovers.iter().find_map(|leftover| match leftover {
+            Leftover::Process { process, .. } => {
+                Some(Task::on_record(process.pid, process.start_time))
             }
-            if self.same_boot() && task.exists() {
-                tracing::warn!(what, pid = process.pid, "still there: killed");
-                let _ = task.kill();
+            _ => None,
+        })?;
+        self.same_boot()
+            .then(|| DumpProcesses::new(runtime, &self.recovered.opened.work_dir))
+    }
+
+    /// Waits for the dump that the dead engine started; `when_slow` is done once it takes long, and what does not end is
+    /// killed.
+    fn wait_for_dump(&self, when_slow: impl FnOnce()) {
+        let Some(dump) = self.dump() else { return };
+        let began = Instant::now();
+        let mut when_slow = Some(when_slow);
+        while !dump.living().is_empty() {
+            if began.elapsed() > CRIU_PATIENCE {
+                dump.kill();
+                return;
             }
+            if began.elapsed() > SLOW
+                && let Some(when_slow) = when_slow.take()
+            {
+                when_slow();
+            }
+            thread::sleep(Duration::from_millis(5));
         }
     }
 
