@@ -284,6 +284,8 @@ struct UnderWay {
     container: String,
     peer: String,
     signal: Sender<Signal>,
+    /// The connection it began on.
+    connection: Option<Connection>,
 }
 
 impl Agent {
@@ -302,6 +304,7 @@ impl Agent {
             container: orphan.opened.container.as_str().to_string(),
             peer: orphan.opened.peer_fingerprint.clone(),
             signal: signal.clone(),
+            connection: None,
         };
         self.arrivals().insert(migration, under_way);
         tracing::info!(container = %orphan.opened.container, "taken over: it waits for pages and their source");
@@ -444,6 +447,7 @@ impl Agent {
             container: begin.container.as_str().to_string(),
             peer: connection.peer().fingerprint.to_string(),
             signal: signal.clone(),
+            connection: Some(connection.clone()),
         };
         arrivals.insert(begin.migration, under_way);
         Vec::new()
@@ -461,11 +465,22 @@ impl Agent {
         let running = self
             .arrivals()
             .get(&query.migration)
-            .map(|arrival| (arrival.peer == peer, arrival.signal.clone()));
+            .map(|arrival| {
+                (
+                    arrival.peer == peer,
+                    arrival.signal.clone(),
+                    arrival.connection.clone(),
+                )
+            });
         let fate = match running {
-            Some((false, _)) => None,
-            Some((true, arrival)) => {
+            Some((false, ..)) => None,
+            Some((true, arrival, first)) => {
                 let (asker, answer) = mpsc::channel();
+                // Whoever asks has lost it. A killed source never closed it: what waits for more from there need not wait until
+                // it is missed.
+                if let Some(first) = first {
+                    first.close(PeerError::SourceLost);
+                }
                 let asked = arrival.send(Signal::Query(asker)).is_ok();
                 let answered = asked
                     .then(|| answer.recv_timeout(ANSWER_PATIENCE).ok())

@@ -92,8 +92,8 @@ fn complain(plan: &MovePlan, report: &Report) {
     let complaint = match &report.outcome {
         Outcome::Moved | Outcome::WouldMove => return,
         Outcome::Refused { reasons } => reasons.join("\nmigrate: "),
-        Outcome::RolledBack { reason, .. } => {
-            format!("rolled back, {} goes on here: {reason}", report.container)
+        Outcome::RolledBack { reason, stays, .. } => {
+            format!("rolled back, {} {stays}: {reason}", report.container)
         }
         Outcome::Unknown { reason } => format!(
             "unknown whether {} moved, it stays frozen here: {reason}; find out with: migrate recover --state-dir {}",

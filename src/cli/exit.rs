@@ -46,6 +46,7 @@ impl From<Exit> for ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::migration::report::StaysAs;
     use crate::migration::handoff::SourceState;
 
     #[test]
@@ -59,6 +60,7 @@ mod tests {
                 Outcome::RolledBack {
                     during: SourceState::Holding,
                     reason: said(),
+                    stays: StaysAs::Running,
                 },
                 4,
             ),

@@ -6,6 +6,8 @@ mod freezer;
 pub mod home;
 pub mod runc;
 mod task;
+mod visitors;
 
 pub use freezer::{FreezeError, Freezer, Frozen};
 pub use task::{Task, tasks_of_cgroup};
+pub use visitors::{name_of, visitors};

@@ -3,6 +3,7 @@
 //! ```text
 //!  plan ─▶ run ─┬▶ preflight      what moves, may it?
 //!               ├▶ link           the connection to the target
+//!               ├▶ watch          what the user does with the container meanwhile
 //!               ├▶ rounds         tracker finds dirty pages, send sends them, rootfs_copy the files beside
 //!               ├▶ handover       the handoff table: dump, residue, commit
 //!               └▶ guard          a process that ends the migration if this one dies
@@ -28,3 +29,4 @@ pub mod serve;
 pub mod settle;
 pub mod slowing;
 pub mod tracker;
+pub mod watch;

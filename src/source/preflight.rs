@@ -7,7 +7,7 @@ use crate::criu::binary::Criu;
 use crate::kernel::ptrace::living_thread;
 use crate::migration::event::{Finding, Verdict};
 use crate::runtime::runc::{Container, Status};
-use crate::runtime::{Freezer, Task};
+use crate::runtime::{Freezer, Task, name_of, visitors};
 use crate::wire::message::{
     Arch, CgroupVersion, CpuFlag, CriuVersion, Requirements, RootfsMode, StdStream,
 };
@@ -18,6 +18,8 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// What preflight found out about a container.
 #[derive(Debug)]
@@ -112,6 +114,7 @@ pub fn survey(
         check_network(container.init_pid, &mut refusals)?;
         speaks_tcp = has_tcp(container.init_pid, &[TCP_ESTABLISHED, TCP_LISTEN]);
         looks.over("network", &mut refusals, "loopback only".into());
+        check_visitors(container, &tasks, &mut refusals);
         check_open_files(container, &tasks, &mut refusals)?;
         check_limits(container, &tasks, &mut refusals)?;
         looks.over(
@@ -270,6 +273,28 @@ const TCP_ESTABLISHED: &str = "01";
 
 /// The same for a socket that waits for connections: without one none can come to be inside.
 const TCP_LISTEN: &str = "0A";
+
+/// Processes of `runc exec` cannot move. Health probes last a moment; whoever stays longer is refused by name.
+fn check_visitors(container: &Container, tasks: &[Task], refusals: &mut Vec<String>) {
+    let deadline = Instant::now() + PROBE_PATIENCE;
+    let mut found = visitors(tasks, container.init_pid);
+    found.retain(|task| !task.zombie);
+    while !found.is_empty() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(20));
+        found.retain(|task| matches!(Task::read(task.pid), Ok(Some(now)) if now.start_time == task.start_time && !now.zombie));
+    }
+    for task in found {
+        refusals.push(format!(
+            "process {} ({}) was started in container {} from outside (runc exec), and CRIU moves only what the container started itself: end it first",
+            task.pid,
+            name_of(task.pid),
+            container.id
+        ));
+    }
+}
+
+/// How long a health probe is waited for.
+const PROBE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// A file outside the container's mounts cannot be found again at the target.
 fn check_open_files(

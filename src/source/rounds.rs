@@ -230,7 +230,11 @@ impl<S: FrameSink> Handover<'_, S> {
 
     /// Looks at every task. What is found of a space is read through the process that the latest scan names.
     fn scan(&mut self) -> Result<Pages, RoundsError> {
+        // Nobody is asked for anything who is paused or gone.
+        self.check(Duration::ZERO)?;
         let tasks = self.container.tasks().map_err(RoundsError::Tasks)?;
+        // Visitors do not move.
+        let tasks = self.watch.own(tasks);
         let Some(tracker) = &mut self.tracker else {
             return Ok(Pages::new());
         };
@@ -340,7 +344,15 @@ impl<S: FrameSink> Handover<'_, S> {
         if rootfs_ready && !std::mem::replace(&mut self.prestarted, true) {
             self.prestart_target()?;
         }
-        Ok(rootfs_ready && self.dump_is_ready())
+        Ok(rootfs_ready && self.dump_is_ready() && self.is_alone()?)
+    }
+
+    /// Whether nobody is in the container who would be in the way of the dump.
+    fn is_alone(&mut self) -> Result<bool, RoundsError> {
+        match self.watch.is_alone() {
+            Ok(alone) => Ok(alone),
+            Err(change) => Err(RoundsError::Interrupted(self.changed(change))),
+        }
     }
 
     fn wait_until_ready(&mut self) -> Result<(), RoundsError> {

@@ -17,6 +17,7 @@ use super::rounds::{RoundsDone, RoundsError, name_of};
 use super::send::{FrameSink, Sender};
 use super::settle::connector;
 use super::tracker::{Bystander, TrackError, Tracker, Trackers};
+use super::watch::Watch;
 use crate::chain::one_line;
 use crate::criu::binary::{Criu, NoCriu};
 use crate::criu::kernel_cache::{KernelCache, KernelCacheError};
@@ -124,6 +125,7 @@ fn move_container(
     let mut report = Report::new(migration, plan);
     let runc = Runc::new(&plan.runtime_root);
     let container = runc.container(plan.container.as_str())?;
+    let watch = Watch::begin(&container).map_err(system("looking at the container"))?;
     let criu = Criu::find()?;
     let survey = preflight::survey(&container, &criu, plan.rootfs, plan.page_streams)
         .map_err(system("looking at the container"))?;
@@ -225,6 +227,7 @@ fn move_container(
         report.mode,
         &runc,
         &container,
+        watch,
         journal,
         link,
         signals,
@@ -462,7 +465,11 @@ fn conclude(
                 reason: reason.clone(),
                 downtime: report.downtime.as_ref().map(|downtime| downtime.total),
             });
-            Outcome::RolledBack { during, reason }
+            Outcome::RolledBack {
+                during,
+                reason,
+                stays: ended.stays,
+            }
         }
         SourceState::Serving => {
             emit(Event::Incomplete {

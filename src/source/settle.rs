@@ -243,7 +243,26 @@ pub fn settle(
         reason: String::new(),
         served: false,
     };
-    Ok(Some(recovery.run(patience)))
+    let settled = recovery.run(patience);
+    if settled == Settled::RolledBack && recovered.last == SourceRecord::Opened {
+        tell_target(state_dir, &recovered);
+    }
+    Ok(Some(settled))
+}
+
+/// Lets the target know that the source of this migration is gone and the container went on: it takes its copy away at once
+/// and not when it misses the source. A question is enough, for before a commit the answer to it is to give up.
+fn tell_target(state_dir: &Path, recovered: &RecoveredSource) {
+    let opened = &recovered.opened;
+    let question = Question {
+        state_dir,
+        target: &opened.peer,
+        migration: opened.migration,
+        target_journal: recovered.target_journal.unwrap_or(JournalId::from_bytes([0; 16])),
+    };
+    // One that cannot be reached finds out by itself.
+    let (_, reason) = question.ask();
+    tracing::info!(migration = %opened.migration, %reason, "told the target");
 }
 
 /// A migration being ended after its process died.
@@ -331,7 +350,7 @@ impl Recovery<'_> {
                 // On record first: a hook that still holds the dump reads it and makes CRIU let go.
                 self.write(&Record::RolledBack);
                 self.wait_for_dump();
-                if self.same_boot() {
+                if self.same_boot() && self.was_frozen() {
                     let opened = &self.recovered.opened;
                     let went_on = remains::let_go_on(
                         &Runc::new(&opened.runtime_root),
@@ -445,6 +464,11 @@ impl Recovery<'_> {
                 let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
             }
         }
+    }
+
+    /// Whether the engine may have stopped the container, or somebody else if it is stopped.
+    fn was_frozen(&self) -> bool {
+        self.recovered.leftovers.contains(&Leftover::Freeze)
     }
 
     fn same_boot(&self) -> bool {

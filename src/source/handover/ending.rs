@@ -66,6 +66,10 @@ impl<S: FrameSink> Handover<'_, S> {
         if let Some(frozen) = self.frozen.take() {
             frozen.give_away();
         }
+        if self.timeline.at(Mark::FreezeBegan).is_none() {
+            // Whoever stopped it in the meantime is its user.
+            return;
+        }
         let Container {
             id,
             freezer,
@@ -76,9 +80,7 @@ impl<S: FrameSink> Handover<'_, S> {
             tracing::error!(%error, "the container goes on, but not as it was");
             self.ended.untidy.get_or_insert(error.to_string());
         }
-        if self.timeline.at(Mark::FreezeBegan).is_some() {
-            self.mark(Mark::Resumed);
-        }
+        self.mark(Mark::Resumed);
     }
 
     pub(super) fn abort_target(&mut self) {
