@@ -34,6 +34,9 @@ use thiserror::Error;
 /// How often a round tells how far it is.
 const PROGRESS_PERIOD: Duration = Duration::from_millis(200);
 
+/// How long the target may take to say why it gave a stream up.
+const LAST_WORD_PATIENCE: Duration = Duration::from_secs(2);
+
 /// What the rounds came to.
 #[derive(Debug)]
 pub struct RoundsDone {
@@ -311,7 +314,10 @@ impl<S: FrameSink> Handover<'_, S> {
         if let Some(interrupted) = interrupted {
             return Err(interrupted);
         }
-        let sent = sent?;
+        let sent = match sent {
+            Err(error @ SendError::Stream(_)) => return Err(self.last_word(error.into())),
+            sent => sent?,
+        };
         let round_end = RoundEnd {
             round,
             pages: sent.pages,
@@ -332,7 +338,10 @@ impl<S: FrameSink> Handover<'_, S> {
         if let Some(rootfs) = &mut self.rootfs
             && let Some(pass) = rootfs.poll_pass()
         {
-            let (summary, duration) = pass?;
+            let (summary, duration) = match pass {
+                Ok(passed) => passed,
+                Err(error) => return Err(self.last_word(error.into())),
+            };
             let event = rootfs.event(summary, false, duration);
             let another = rootfs.passes() < LIVE_PASSES;
             if another {
@@ -360,6 +369,18 @@ impl<S: FrameSink> Handover<'_, S> {
             self.check(Duration::from_millis(2))?;
         }
         Ok(())
+    }
+
+    /// A stream breaks with the connection, or because the target has given up and is about to say why: that is the reason
+    /// worth knowing. If no word comes the error stands for itself.
+    fn last_word(&mut self, error: RoundsError) -> RoundsError {
+        let deadline = Instant::now() + LAST_WORD_PATIENCE;
+        while Instant::now() < deadline {
+            if let Err(word) = self.check(Duration::from_millis(10)) {
+                return word;
+            }
+        }
+        error
     }
 
     fn check(&mut self, wait: Duration) -> Result<(), RoundsError> {
