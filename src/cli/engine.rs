@@ -115,7 +115,6 @@ fn migration(plan: &MovePlan) -> Migration {
         .runtime_root(&plan.runtime_root)
         .state_dir(&plan.state_dir)
         .max_rounds(plan.limits.max_rounds)
-        .downtime_limit(plan.limits.downtime)
         .timeout(plan.limits.timeout)
         .mode(plan.mode)
         .reconnect_timeout(plan.reconnect_timeout)
@@ -123,6 +122,9 @@ fn migration(plan: &MovePlan) -> Migration {
         .compression(plan.compression)
         .dry_run(plan.dry_run)
         .rootfs(plan.rootfs);
+    if plan.strict_downtime {
+        migration = migration.downtime_limit(plan.limits.downtime);
+    }
     if let Some(bandwidth) = plan.bandwidth {
         migration = migration.bandwidth_limit(bandwidth.0);
     }

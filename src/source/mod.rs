@@ -3,6 +3,7 @@
 //! ```text
 //!  plan ─▶ run ─┬▶ preflight      what moves, may it?
 //!               ├▶ link           the connection to the target
+//!               ├▶ burden         what CRIU carries while it stands still
 //!               ├▶ watch          what the user does with the container meanwhile
 //!               ├▶ rounds         tracker finds dirty pages, send sends them, rootfs_copy the files beside
 //!               ├▶ handover       the handoff table: dump, residue, commit
@@ -11,6 +12,7 @@
 //!  settle ─────▶ remains          the end after a crash, and the end of every migration
 //! ```
 
+pub mod burden;
 pub mod dump;
 pub mod guard;
 pub mod handover;

@@ -3,6 +3,8 @@
 //! Every finding that forbids the move is one line that says what is wrong and what to do. The target looks at the
 //! [`Requirements`] in its turn.
 
+use super::burden::Burden;
+use super::plan::Plan;
 use crate::criu::binary::Criu;
 use crate::kernel::ptrace::living_thread;
 use crate::migration::event::{Finding, Verdict};
@@ -70,15 +72,34 @@ impl Looks {
             .map(|detail| finding(Verdict::Refused, detail));
         self.findings.extend(refused);
     }
+
+    /// What CRIU carries while the container stands still is said if it is worth it.
+    fn weighed(&mut self, burden: &Burden, refusals: &mut Vec<String>) {
+        let what = "carried in the freeze";
+        if refusals.is_empty() && burden.is_worth_saying() {
+            let detail = format!(
+                "{burden}: the container stands still for about {} ms more",
+                burden.time(None).as_millis()
+            );
+            self.findings.push(Finding {
+                what: what.to_owned(),
+                verdict: Verdict::Warning,
+                detail,
+                fix: None,
+            });
+        } else {
+            self.over(what, refusals, "little".into());
+        }
+    }
 }
 
 /// Looks at everything that can be known before the move.
 pub fn survey(
     container: &Container,
     criu: &Criu,
-    rootfs: RootfsMode,
-    page_streams: u16,
+    plan: &Plan,
 ) -> io::Result<Survey> {
+    let (rootfs, page_streams) = (plan.rootfs, plan.page_streams);
     let mut looks = Looks::default();
     let mut refusals = Vec::new();
     match container.status {
@@ -126,6 +147,12 @@ pub fn survey(
             ),
         );
     }
+    let burden = Burden::of(&tasks);
+    refusals.extend(burden.too_large());
+    if plan.strict_downtime {
+        refusals.extend(burden.breaks(plan.downtime_limit, None));
+    }
+    looks.weighed(&burden, &mut refusals);
     let memory_bytes = tasks.iter().map(|task| resident_bytes(task.pid)).sum();
     let memory_limit = memory_limit(&container.spec);
     if let Some(limit) = memory_limit
@@ -149,8 +176,9 @@ pub fn survey(
         RootfsMode::Shared => 0,
     };
     let requirements = Requirements {
-        memory_bytes,
-        rootfs_bytes,
+        // Contents of tmpfs are memory there too.
+        memory_bytes: memory_bytes + burden.tmpfs,
+        rootfs_bytes: rootfs_bytes + burden.deleted,
         cpu_flags: CpuFlag::in_cpuinfo(&fs::read_to_string("/proc/cpuinfo")?),
         cgroup_version,
         memory_limit,

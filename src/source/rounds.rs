@@ -8,6 +8,7 @@
 //!
 //! Each scan re-arms before its pages are read, so a page written while it is read is dirty again in the next one.
 
+use super::burden::Burden;
 use super::handover::{Handover, mapped_files};
 use super::link::Link;
 use super::preflight::resident_bytes;
@@ -68,6 +69,9 @@ pub enum RoundsError {
     /// The target could not be told.
     #[error(transparent)]
     Link(#[from] super::link::LinkError),
+    /// What moves while the container stands still is too much.
+    #[error("{0}")]
+    Burden(String),
     /// The root filesystem could not be copied.
     #[error(transparent)]
     Rootfs(#[from] RootfsCopyError),
@@ -85,7 +89,7 @@ impl<S: FrameSink> Handover<'_, S> {
     ) -> Result<RoundsDone, RoundsError> {
         let mut done: Vec<RoundReport> = Vec::new();
         let mut measured: Vec<RoundMeasured> = Vec::new();
-        let limits = Limits {
+        let mut limits = Limits {
             downtime: self.plan.downtime_limit,
             max_rounds: self.plan.max_rounds,
             timeout: self.plan.timeout,
@@ -96,7 +100,13 @@ impl<S: FrameSink> Handover<'_, S> {
         let memory = ledger::count(&first);
         // Once, while nothing else is under way: behind a round's pages it would be longer.
         let round_trip = self.round_trip();
-        let fixed_downtime = fixed_downtime_over(first.len(), memory, round_trip);
+        let mut burden = self.burden(None)?.time(None);
+        let bare_downtime = fixed_downtime_over(first.len(), memory, round_trip);
+        let fixed_downtime = bare_downtime.saturating_add(burden);
+        if fixed_downtime > limits.downtime {
+            // That is said, and no round can help it: the rest keeps the limit.
+            limits.downtime = limits.downtime.saturating_add(burden);
+        }
         let mut ledger = Ledger::new(first);
         let mut prepared = false;
         // Rounds before the container was slowed say nothing of those after it.
@@ -168,6 +178,10 @@ impl<S: FrameSink> Handover<'_, S> {
                 continue;
             }
             let mut predicted = verdict.predicted;
+            // It may have grown since.
+            let now = self.burden(verdict.assessment.throughput)?;
+            let now = now.time(verdict.assessment.throughput);
+            predicted.downtime += now.saturating_sub(std::mem::replace(&mut burden, now));
             if !self.is_ready()? {
                 // Nothing is gained by sending the same pages again and again meanwhile.
                 self.wait_until_ready()?;
@@ -181,7 +195,7 @@ impl<S: FrameSink> Handover<'_, S> {
                 if switch == Switch::PostCopy {
                     predicted = expect_post_copy(
                         self.began.elapsed(),
-                        fixed_downtime,
+                        bare_downtime.saturating_add(burden),
                         ledger.lacking(),
                         verdict.assessment.throughput,
                     );
@@ -194,6 +208,21 @@ impl<S: FrameSink> Handover<'_, S> {
                 switch,
                 predicted,
             });
+        }
+    }
+
+    /// What CRIU will carry while the container stands still. An error if it cannot, or not within a limit that was asked for.
+    fn burden(&mut self, throughput: Option<f64>) -> Result<Burden, RoundsError> {
+        let tasks = self.container.tasks().map_err(RoundsError::Tasks)?;
+        let burden = Burden::of(&self.watch.own(tasks));
+        let limit = self.plan.downtime_limit;
+        let why = burden.too_large().or_else(|| {
+            let breaks = || burden.breaks(limit, throughput);
+            self.plan.strict_downtime.then(breaks).flatten()
+        });
+        match why {
+            Some(why) => Err(RoundsError::Burden(why)),
+            None => Ok(burden),
         }
     }
 
@@ -212,11 +241,12 @@ impl<S: FrameSink> Handover<'_, S> {
         let tasks = self.container.tasks().map_err(RoundsError::Tasks)?;
         let memory: u64 = tasks.iter().map(|task| resident_bytes(task.pid)).sum();
         let pages = memory / PAGE_SIZE;
+        let burden = self.burden(None)?.time(None);
         // Nothing has been measured. A limit is at least an upper end.
         let limit = self.plan.bandwidth_limit;
         let predicted = expect_post_copy(
             self.began.elapsed(),
-            fixed_downtime_over(tasks.len(), pages, self.round_trip()),
+            fixed_downtime_over(tasks.len(), pages, self.round_trip()).saturating_add(burden),
             pages,
             limit.map(|bytes| bytes.get() as f64 / PAGE_SIZE as f64),
         );

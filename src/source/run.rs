@@ -127,7 +127,7 @@ fn move_container(
     let container = runc.container(plan.container.as_str())?;
     let watch = Watch::begin(&container).map_err(system("looking at the container"))?;
     let criu = Criu::find()?;
-    let survey = preflight::survey(&container, &criu, plan.rootfs, plan.page_streams)
+    let survey = preflight::survey(&container, &criu, plan)
         .map_err(system("looking at the container"))?;
     emit(Event::Preflight {
         side: Side::Source,

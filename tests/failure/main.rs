@@ -5,6 +5,7 @@
 
 mod at_commit;
 mod before_commit;
+mod burden;
 mod meanwhile;
 mod post_copy;
 mod refusal;
