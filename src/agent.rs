@@ -284,6 +284,8 @@ async fn listen(mut receiver: ControlReceiver, signal: Sender<Signal>, link: u32
 struct UnderWay {
     peer: String,
     signal: Sender<Signal>,
+    /// The connection it began on.
+    connection: Option<Connection>,
 }
 
 impl Agent {
@@ -301,6 +303,7 @@ impl Agent {
         let under_way = UnderWay {
             peer: orphan.opened.peer_fingerprint.clone(),
             signal: signal.clone(),
+            connection: None,
         };
         self.arrivals().insert(migration, under_way);
         tracing::info!(container = %orphan.opened.container, owed = !orphan.owed.is_empty(), "taken over: it is seen through until it is complete");
@@ -457,6 +460,7 @@ impl Agent {
         let under_way = UnderWay {
             peer: peer.fingerprint.to_string(),
             signal: signal.clone(),
+            connection: Some(connection.clone()),
         };
         arrivals.insert(begin.migration, under_way);
         Ok(Some(lock))
@@ -474,11 +478,22 @@ impl Agent {
         let running = self
             .arrivals()
             .get(&query.migration)
-            .map(|arrival| (arrival.peer == peer, arrival.signal.clone()));
+            .map(|arrival| {
+                (
+                    arrival.peer == peer,
+                    arrival.signal.clone(),
+                    arrival.connection.clone(),
+                )
+            });
         let fate = match running {
-            Some((false, _)) => None,
-            Some((true, arrival)) => {
+            Some((false, ..)) => None,
+            Some((true, arrival, first)) => {
                 let (asker, answer) = mpsc::channel();
+                // Whoever asks has lost it. A killed source never closed it: what waits for more from there need not wait until
+                // it is missed.
+                if let Some(first) = first {
+                    first.close(PeerError::SourceLost);
+                }
                 let asked = arrival.send(Signal::Query(asker)).is_ok();
                 let answered = asked
                     .then(|| answer.recv_timeout(ANSWER_PATIENCE).ok())

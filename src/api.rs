@@ -98,9 +98,11 @@ impl Migration {
     }
 
     /// How long the container should stand still at most, 300 ms by default. An aim: the rounds end when it can be kept,
-    /// or when more rounds would not help.
+    /// or when more rounds would not help. A container is refused if what CRIU carries while it stands still (contents of
+    /// tmpfs, deleted files) takes longer than a limit that was set here.
     pub fn downtime_limit(mut self, limit: Duration) -> Self {
         self.plan.downtime_limit = limit;
+        self.plan.strict_downtime = true;
         self
     }
 

@@ -15,6 +15,7 @@ use crate::migration::convergence::Limits;
 use crate::migration::mode::Mode;
 use crate::migration::report::Tracker;
 use crate::migration::{ContainerId, MigrationId, PeerAddress};
+use crate::source::plan::DEFAULT_DOWNTIME_LIMIT;
 use crate::transport::{Fingerprint, PeerName};
 use crate::wire::codec::Compression;
 use crate::wire::message::RootfsMode;
@@ -99,9 +100,10 @@ struct Migration {
     /// Freeze after this many rounds at the latest
     #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
     max_rounds: u32,
-    /// How long the container should stand still at most, in milliseconds
-    #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
-    downtime_limit: u32,
+    /// How long the container should stand still at most, in milliseconds [default: 300]; one that cannot keep what is given
+    /// here is refused
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(1..))]
+    downtime_limit: Option<u32>,
     /// The most to send: 100M is bytes a second, 1Gbit is bits
     #[arg(long, value_name = "RATE")]
     bandwidth_limit: Option<Bandwidth>,
@@ -289,10 +291,13 @@ impl From<Migration> for MovePlan {
                 TrackerChoice::UffdWp => Some(Tracker::UffdWp),
             },
             limits: Limits {
-                downtime: Duration::from_millis(typed.downtime_limit.into()),
+                downtime: typed.downtime_limit.map_or(DEFAULT_DOWNTIME_LIMIT, |limit| {
+                    Duration::from_millis(limit.into())
+                }),
                 max_rounds: typed.max_rounds,
                 timeout: typed.timeout,
             },
+            strict_downtime: typed.downtime_limit.is_some(),
             reconnect_timeout: typed.reconnect_timeout,
             auto_converge: typed.auto_converge,
             bandwidth: typed.bandwidth_limit,
@@ -448,6 +453,7 @@ mod tests {
             timeout: Duration::from_secs(600),
         };
         assert_eq!(plan.limits, expected);
+        assert!(plan.strict_downtime && !moved("--to h:1 web").strict_downtime);
         assert_eq!(
             plan.bandwidth.map(|bandwidth| bandwidth.0.get()),
             Some(125_000_000)

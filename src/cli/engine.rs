@@ -94,8 +94,8 @@ fn complain(plan: &MovePlan, report: &Report) {
     let complaint = match &report.outcome {
         Outcome::Moved | Outcome::WouldMove => return,
         Outcome::Refused { reasons } => reasons.join("\nmigrate: "),
-        Outcome::RolledBack { reason, .. } => {
-            format!("rolled back, {} goes on here: {reason}", report.container)
+        Outcome::RolledBack { reason, stays, .. } => {
+            format!("rolled back, {} {stays}: {reason}", report.container)
         }
         Outcome::Unknown { reason } => format!(
             "unknown whether {} moved, it stays frozen here: {reason}; find out with: migrate recover --state-dir {}",
@@ -118,7 +118,6 @@ fn migration(plan: &MovePlan) -> Migration {
         .runtime_root(&plan.runtime_root)
         .state_dir(&plan.state_dir)
         .max_rounds(plan.limits.max_rounds)
-        .downtime_limit(plan.limits.downtime)
         .timeout(plan.limits.timeout)
         .mode(plan.mode)
         .reconnect_timeout(plan.reconnect_timeout)
@@ -126,6 +125,9 @@ fn migration(plan: &MovePlan) -> Migration {
         .compression(plan.compression)
         .dry_run(plan.dry_run)
         .rootfs(plan.rootfs);
+    if plan.strict_downtime {
+        migration = migration.downtime_limit(plan.limits.downtime);
+    }
     if let Some(bandwidth) = plan.bandwidth {
         migration = migration.bandwidth_limit(bandwidth.0);
     }

@@ -47,6 +47,7 @@ impl From<Exit> for ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::migration::report::StaysAs;
     use crate::migration::handoff::SourceState;
 
     #[test]
@@ -60,6 +61,7 @@ mod tests {
                 Outcome::RolledBack {
                     during: SourceState::Holding,
                     reason: said(),
+                    stays: StaysAs::Running,
                 },
                 4,
             ),

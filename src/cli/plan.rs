@@ -65,6 +65,8 @@ pub struct MovePlan {
     pub tracker: Option<Tracker>,
     /// When to stop copying and freeze.
     pub limits: Limits,
+    /// The downtime limit was asked for: what is known to break it is refused.
+    pub strict_downtime: bool,
     /// How long to wait for a lost link while pages are owed.
     pub reconnect_timeout: Duration,
     /// Slow the container when rounds do not converge.

@@ -91,9 +91,11 @@ fn outcome(report: &Report) -> String {
                 reasons.len()
             )
         }
-        Outcome::RolledBack { during, reason } => {
-            format!("{container} goes on here: {reason} (while {during})")
-        }
+        Outcome::RolledBack {
+            during,
+            reason,
+            stays,
+        } => format!("{container} {stays}: {reason} (while {during})"),
         Outcome::Unknown { reason } => {
             format!(
                 "it is not known whether {container} runs at {target}: {reason}. It is frozen here; run: migrate recover"
@@ -143,6 +145,7 @@ mod tests {
     use super::*;
     use crate::migration::event::{Event, examples::examples};
     use crate::migration::handoff::SourceState;
+    use crate::migration::report::StaysAs;
 
     fn report() -> Report {
         let done = examples()
@@ -189,6 +192,7 @@ mod tests {
         let rolled_back = of(Outcome::RolledBack {
             during: SourceState::Holding,
             reason: "the link broke".into(),
+            stays: StaysAs::Running,
         });
         assert_eq!(
             rolled_back,

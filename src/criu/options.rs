@@ -4,6 +4,7 @@
 //! (criu/cr-service.c, `setup_opts_from_req`). One `option value` a line; an option with an *optional* argument needs
 //! `=`, with a space it is silently ignored.
 
+use crate::source::burden::MOST_DELETED;
 use std::path::Path;
 
 /// How CRIU keeps packets away from sockets while it dumps them.
@@ -34,8 +35,8 @@ impl Options<'_> {
         let mut text = String::from("manage-cgroups=ignore\n");
         text.push_str("tcp-established\n");
         text.push_str("file-locks\n");
-        // Deleted but open files travel inside the images up to this size.
-        text.push_str("ghost-limit 64M\n");
+        // Deleted but open files travel inside the images; how long that takes is looked at before the freeze.
+        text.push_str(&format!("ghost-limit {}M\n", MOST_DELETED >> 20));
         text.push_str("link-remap\n");
         if self.lazy_pages {
             text.push_str("lazy-pages\n");

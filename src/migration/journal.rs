@@ -226,6 +226,8 @@ pub enum Leftover {
         /// Which directory that is.
         inode: Inode,
     },
+    /// The container, stopped by its freezer. A container without this on record was stopped by somebody else.
+    Freeze,
     /// A CPU quota that is lowered: it has to have its original value again, unless somebody else has set another.
     CpuQuota {
         /// The cgroup's file with the quota.

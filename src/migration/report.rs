@@ -1,5 +1,6 @@
 //! What a migration reports when it is over: `--report FILE` and the last event of the stream.
 
+use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -85,12 +86,15 @@ pub enum Outcome {
     },
     /// `--dry-run`: preflight said yes at both ends; nothing was touched.
     WouldMove,
-    /// The container goes on at the source.
+    /// The container goes on at the source, or is in the state its user put it in meanwhile.
     RolledBack {
         /// The state the handover was in.
         during: SourceState,
         /// What happened, one line.
         reason: String,
+        /// What it does there.
+        #[serde(default, skip_serializing_if = "StaysAs::is_running")]
+        stays: StaysAs,
     },
     /// The target's word is missing; the container is frozen at the source.
     Unknown {
@@ -109,6 +113,36 @@ pub enum Outcome {
         /// What happened, one line.
         reason: String,
     },
+}
+
+/// What a container that did not move does at the source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StaysAs {
+    /// It goes on.
+    #[default]
+    Running,
+    /// Its user paused it.
+    Paused,
+    /// It ended, by itself or by its user.
+    Ended,
+}
+
+/// What is said of the container: `web goes on here`.
+impl fmt::Display for StaysAs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            StaysAs::Running => "goes on here",
+            StaysAs::Paused => "stays here, paused",
+            StaysAs::Ended => "did not move",
+        })
+    }
+}
+
+impl StaysAs {
+    fn is_running(&self) -> bool {
+        *self == StaysAs::Running
+    }
 }
 
 /// Pages that followed the container.

@@ -211,6 +211,15 @@ impl Freezer {
         }
     }
 
+    /// Whether somebody has told the tasks to stop, whether they have or not. A cgroup that is gone stops nobody.
+    pub fn is_told_to_stop(&self) -> bool {
+        let (file, words): (_, &[&str]) = match self {
+            Freezer::V1(path) => (path.join("freezer.state"), &["FREEZING", "FROZEN"]),
+            Freezer::V2(path) => (path.join("cgroup.freeze"), &["1"]),
+        };
+        fs::read_to_string(file).is_ok_and(|text| words.contains(&text.trim()))
+    }
+
     /// Lets the tasks go on. A cgroup that is gone has nothing to thaw.
     pub fn thaw(&self) -> Result<(), FreezeError> {
         let (file, word) = match self {

@@ -9,7 +9,9 @@ pub mod lock;
 pub mod runc;
 pub mod stopped;
 mod task;
+mod visitors;
 
 pub use freezer::{FreezeError, Freezer, FreezerState, Frozen, Pinned, is_gone};
 pub use instance::Instance;
 pub use task::{Task, pids_of_cgroup, tasks_of_cgroup};
+pub use visitors::{name_of, visitors};

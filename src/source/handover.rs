@@ -28,6 +28,7 @@ use super::serve::{ServeProgress, Serving};
 use super::settle;
 use super::slowing::Slowing;
 use super::tracker::{SpaceScan, Tracker};
+use super::watch::{Change, Watch};
 use crate::criu::hook::WaitingHook;
 use crate::criu::options::NetworkLock;
 use crate::fault;
@@ -38,7 +39,7 @@ use crate::migration::handoff::{Course, SourceAction, SourceEvent, SourceState};
 use crate::migration::journal::{Leftover, Owing, ProcessName, Record};
 use crate::migration::mode::{Mode, Switch};
 use crate::migration::phase::{Mark, TargetTimes, Timeline};
-use crate::migration::report::{DumpKind, RoundReport};
+use crate::migration::report::{DumpKind, RoundReport, StaysAs};
 use crate::migration::{JournalId, MigrationId};
 use crate::runtime::runc::{Container, Runc};
 use crate::runtime::{Frozen, Task};
@@ -97,6 +98,8 @@ pub struct Handover<'a, S> {
     pub journal: Records,
     /// The connection to the target.
     pub link: Option<Link>,
+    /// What its user does with the container.
+    pub watch: Watch,
     /// What comes from outside.
     pub signals: Receiver<Signal>,
     /// Where pages go.
@@ -192,6 +195,8 @@ pub struct Ended {
     pub faults: u64,
     /// Bytes sent for owed pages over the first connection.
     pub bytes_owed: u64,
+    /// What became of a container that did not move.
+    pub stays: StaysAs,
     /// What stayed behind and why, if ending it was not clean.
     pub untidy: Option<String>,
     /// Why the container could not be seen to go on, though it should.
@@ -212,6 +217,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
         mode: Mode,
         runc: &'a Runc,
         container: &'a Container,
+        watch: Watch,
         journal: Journal,
         link: Link,
         signals: Receiver<Signal>,
@@ -233,6 +239,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             journal: Records::new(journal),
             peer: link.peer().fingerprint.to_string(),
             link: Some(link),
+            watch,
             signals,
             sender: Some(sender),
             tracker,
@@ -338,7 +345,27 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             ));
             return Some(SourceEvent::Timeout);
         }
+        if let Err(change) = self.watch.look_now_and_then(self.slowing.is_some()) {
+            return Some(self.changed(change));
+        }
         self.dump_failed()
+    }
+
+    /// Its user did something with the container that ends the move.
+    pub fn changed(&mut self, change: Change) -> SourceEvent {
+        let (stays, event) = match &change {
+            Change::Ended { .. } => (StaysAs::Ended, SourceEvent::ContainerExited),
+            Change::Paused { .. } => (StaysAs::Paused, SourceEvent::LocalFailure),
+            Change::Updated { .. } | Change::Visited { .. } => {
+                (StaysAs::Running, SourceEvent::LocalFailure)
+            }
+        };
+        if self.ended.reason.is_none() {
+            tracing::info!(state = ?self.course.state(), %change, "the container is not as it was");
+            self.ended.stays = stays;
+            self.ended.reason = Some(change.to_string());
+        }
+        event
     }
 
     fn heard_cancel(&mut self) -> Option<SourceEvent> {
@@ -361,7 +388,9 @@ impl<'a, S: FrameSink> Handover<'a, S> {
     /// Gives the migration up before anything was frozen, for this reason.
     pub fn give_up(mut self, event: SourceEvent, reason: String) -> (SourceState, Ended, Timeline) {
         self.slowing = None;
-        self.ended.reason.get_or_insert(reason);
+        if !reason.is_empty() {
+            self.because(reason);
+        }
         self.queue.push_back(event);
         self.run_to_the_end()
     }
@@ -730,11 +759,23 @@ impl<'a, S: FrameSink> Handover<'a, S> {
 
     pub(super) fn because(&mut self, reason: String) {
         tracing::info!(state = ?self.course.state(), %reason, "a step failed");
-        self.ended.reason.get_or_insert(reason);
+        if self.ended.reason.is_some() {
+            return;
+        }
+        // What a step notices of a container that was killed says nothing to the one who killed it.
+        let before_commit = self.course.state().can_cancel();
+        match self.watch.cause().filter(|_| before_commit) {
+            Some(change) => drop(self.changed(change)),
+            None => self.ended.reason = Some(reason),
+        }
     }
 
     fn mark(&mut self, mark: Mark) {
-        if let Err(error) = self.timeline.record(mark, self.began.elapsed()) {
+        self.mark_at(mark, self.began.elapsed());
+    }
+
+    fn mark_at(&mut self, mark: Mark, at: Duration) {
+        if let Err(error) = self.timeline.record(mark, at) {
             tracing::error!(%error, "the report's times are incomplete");
         }
     }

@@ -3,6 +3,8 @@
 //! ```text
 //!  plan ─▶ run ─┬▶ preflight      what moves, may it?
 //!               ├▶ link           the connection to the target
+//!               ├▶ burden         what CRIU carries while it stands still
+//!               ├▶ watch          what the user does with the container meanwhile
 //!               ├▶ rounds         tracker finds dirty pages, send sends them, rootfs_copy the files beside
 //!               ├▶ handover       the handoff table: dump, residue, commit
 //!               └▶ guard          a process that ends the migration if this one dies
@@ -10,6 +12,7 @@
 //!  settle ─────▶ remains          the end after a crash, and the end of every migration
 //! ```
 
+pub mod burden;
 pub mod dump;
 pub mod dump_processes;
 pub mod going_on;
@@ -30,3 +33,4 @@ pub mod serve;
 pub mod settle;
 pub mod slowing;
 pub mod tracker;
+pub mod watch;

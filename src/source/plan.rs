@@ -16,6 +16,9 @@ pub const DEFAULT_STATE_DIR: &str = "/var/lib/migrate";
 /// How long a lost link is waited for unless told otherwise.
 pub const DEFAULT_RECONNECT_TIMEOUT: Duration = Duration::from_secs(300);
 
+/// How long a container should stand still at most unless told otherwise.
+pub const DEFAULT_DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
+
 /// One migration, as it was asked for.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -35,6 +38,8 @@ pub struct Plan {
     pub max_rounds: u32,
     /// How long the container should stand still at most.
     pub downtime_limit: Duration,
+    /// It was asked for: what is known to break it before the freeze is refused, and not only said.
+    pub strict_downtime: bool,
     /// Bytes a second for pages and files.
     pub bandwidth_limit: Option<NonZeroU64>,
     /// How pages are compressed.
@@ -67,7 +72,8 @@ impl Plan {
             mode: Mode::Auto,
             tracker: None,
             max_rounds: 30,
-            downtime_limit: Duration::from_millis(300),
+            downtime_limit: DEFAULT_DOWNTIME_LIMIT,
+            strict_downtime: false,
             bandwidth_limit: None,
             compression: Compression::Auto,
             timeout: Duration::from_secs(3600),

@@ -3,12 +3,14 @@
 //! Every finding that forbids the move is one line that says what is wrong and what to do. The target looks at the
 //! [`Requirements`] in its turn.
 
+use super::burden::Burden;
 use super::going_on::{traced_by, tracer_of};
+use super::plan::Plan;
 use crate::criu::binary::Criu;
 use crate::kernel::ptrace::living_thread;
 use crate::migration::event::{Finding, Verdict};
 use crate::runtime::runc::{Container, Status};
-use crate::runtime::{Freezer, Task};
+use crate::runtime::{Freezer, Task, name_of, visitors};
 use crate::wire::message::{
     Arch, CgroupVersion, CpuFlag, CriuVersion, Requirements, RootfsMode, StdStream,
 };
@@ -19,6 +21,8 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// What preflight found out about a container.
 #[derive(Debug)]
@@ -69,15 +73,34 @@ impl Looks {
             .map(|detail| finding(Verdict::Refused, detail));
         self.findings.extend(refused);
     }
+
+    /// What CRIU carries while the container stands still is said if it is worth it.
+    fn weighed(&mut self, burden: &Burden, refusals: &mut Vec<String>) {
+        let what = "carried in the freeze";
+        if refusals.is_empty() && burden.is_worth_saying() {
+            let detail = format!(
+                "{burden}: the container stands still for about {} ms more",
+                burden.time(None).as_millis()
+            );
+            self.findings.push(Finding {
+                what: what.to_owned(),
+                verdict: Verdict::Warning,
+                detail,
+                fix: None,
+            });
+        } else {
+            self.over(what, refusals, "little".into());
+        }
+    }
 }
 
 /// Looks at everything that can be known before the move.
 pub fn survey(
     container: &Container,
     criu: &Criu,
-    rootfs: RootfsMode,
-    page_streams: u16,
+    plan: &Plan,
 ) -> io::Result<Survey> {
+    let (rootfs, page_streams) = (plan.rootfs, plan.page_streams);
     let mut looks = Looks::default();
     let mut refusals = Vec::new();
     match container.status {
@@ -113,6 +136,7 @@ pub fn survey(
         check_network(container.init_pid, &mut refusals)?;
         speaks_tcp = has_tcp(container.init_pid, &[TCP_ESTABLISHED, TCP_LISTEN]);
         looks.over("network", &mut refusals, "loopback only".into());
+        check_visitors(container, &tasks, &mut refusals);
         check_open_files(container, &tasks, &mut refusals)?;
         check_limits(container, &tasks, &mut refusals)?;
         looks.over(
@@ -124,6 +148,12 @@ pub fn survey(
             ),
         );
     }
+    let burden = Burden::of(&tasks);
+    refusals.extend(burden.too_large());
+    if plan.strict_downtime {
+        refusals.extend(burden.breaks(plan.downtime_limit, None));
+    }
+    looks.weighed(&burden, &mut refusals);
     let memory_bytes = tasks.iter().map(|task| resident_bytes(task.pid)).sum();
     let memory_limit = memory_limit(&container.spec);
     if let Some(limit) = memory_limit
@@ -147,8 +177,9 @@ pub fn survey(
         RootfsMode::Shared => 0,
     };
     let requirements = Requirements {
-        memory_bytes,
-        rootfs_bytes,
+        // Contents of tmpfs are memory there too.
+        memory_bytes: memory_bytes + burden.tmpfs,
+        rootfs_bytes: rootfs_bytes + burden.deleted,
         cpu_flags: CpuFlag::in_cpuinfo(&fs::read_to_string("/proc/cpuinfo")?),
         cgroup_version,
         memory_limit,
@@ -271,6 +302,28 @@ const TCP_ESTABLISHED: &str = "01";
 
 /// The same for a socket that waits for connections: without one none can come to be inside.
 const TCP_LISTEN: &str = "0A";
+
+/// Processes of `runc exec` cannot move. Health probes last a moment; whoever stays longer is refused by name.
+fn check_visitors(container: &Container, tasks: &[Task], refusals: &mut Vec<String>) {
+    let deadline = Instant::now() + PROBE_PATIENCE;
+    let mut found = visitors(tasks, container.init_pid);
+    found.retain(|task| !task.zombie);
+    while !found.is_empty() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(20));
+        found.retain(|task| matches!(Task::read(task.pid), Ok(Some(now)) if now.start_time == task.start_time && !now.zombie));
+    }
+    for task in found {
+        refusals.push(format!(
+            "process {} ({}) was started in container {} from outside (runc exec), and CRIU moves only what the container started itself: end it first",
+            task.pid,
+            name_of(task.pid),
+            container.id
+        ));
+    }
+}
+
+/// How long a health probe is waited for.
+const PROBE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// A file outside the container's mounts cannot be found again at the target.
 fn check_open_files(

@@ -8,6 +8,7 @@
 //!
 //! Each scan re-arms before its pages are read, so a page written while it is read is dirty again in the next one.
 
+use super::burden::Burden;
 use super::handover::{Handover, mapped_files};
 use super::link::Link;
 use super::preflight::resident_bytes;
@@ -32,6 +33,9 @@ use thiserror::Error;
 
 /// How often a round tells how far it is.
 const PROGRESS_PERIOD: Duration = Duration::from_millis(200);
+
+/// How long the target may take to say why it gave a stream up.
+const LAST_WORD_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What the rounds came to.
 #[derive(Debug)]
@@ -64,6 +68,9 @@ pub enum RoundsError {
     /// The target could not be told.
     #[error(transparent)]
     Link(#[from] super::link::LinkError),
+    /// What moves while the container stands still is too much.
+    #[error("{0}")]
+    Burden(String),
     /// The root filesystem could not be copied.
     #[error(transparent)]
     Rootfs(#[from] RootfsCopyError),
@@ -81,7 +88,7 @@ impl<S: FrameSink> Handover<'_, S> {
     ) -> Result<RoundsDone, RoundsError> {
         let mut done: Vec<RoundReport> = Vec::new();
         let mut measured: Vec<RoundMeasured> = Vec::new();
-        let limits = Limits {
+        let mut limits = Limits {
             downtime: self.plan.downtime_limit,
             max_rounds: self.plan.max_rounds,
             timeout: self.plan.timeout,
@@ -92,7 +99,13 @@ impl<S: FrameSink> Handover<'_, S> {
         let memory = ledger::count(&first);
         // Once, while nothing else is under way: behind a round's pages it would be longer.
         let round_trip = self.round_trip();
-        let fixed_downtime = fixed_downtime_over(first.len(), memory, round_trip);
+        let mut burden = self.burden(None)?.time(None);
+        let bare_downtime = fixed_downtime_over(first.len(), memory, round_trip);
+        let fixed_downtime = bare_downtime.saturating_add(burden);
+        if fixed_downtime > limits.downtime {
+            // That is said, and no round can help it: the rest keeps the limit.
+            limits.downtime = limits.downtime.saturating_add(burden);
+        }
         let mut ledger = Ledger::new(first);
         let mut prepared = false;
         // Rounds before the container was slowed say nothing of those after it.
@@ -172,6 +185,10 @@ impl<S: FrameSink> Handover<'_, S> {
                 continue;
             }
             let mut predicted = verdict.predicted;
+            // It may have grown since.
+            let now = self.burden(verdict.assessment.throughput)?;
+            let now = now.time(verdict.assessment.throughput);
+            predicted.downtime += now.saturating_sub(std::mem::replace(&mut burden, now));
             if !self.is_ready()? {
                 // Nothing is gained by sending the same pages again and again meanwhile.
                 self.wait_until_ready()?;
@@ -185,7 +202,7 @@ impl<S: FrameSink> Handover<'_, S> {
                 if switch == Switch::PostCopy {
                     predicted = expect_post_copy(
                         self.began.elapsed(),
-                        fixed_downtime,
+                        bare_downtime.saturating_add(burden),
                         ledger.lacking(),
                         verdict.assessment.throughput,
                     );
@@ -198,6 +215,21 @@ impl<S: FrameSink> Handover<'_, S> {
                 switch,
                 predicted,
             });
+        }
+    }
+
+    /// What CRIU will carry while the container stands still. An error if it cannot, or not within a limit that was asked for.
+    fn burden(&mut self, throughput: Option<f64>) -> Result<Burden, RoundsError> {
+        let tasks = self.container.tasks().map_err(RoundsError::Tasks)?;
+        let burden = Burden::of(&self.watch.own(tasks));
+        let limit = self.plan.downtime_limit;
+        let why = burden.too_large().or_else(|| {
+            let breaks = || burden.breaks(limit, throughput);
+            self.plan.strict_downtime.then(breaks).flatten()
+        });
+        match why {
+            Some(why) => Err(RoundsError::Burden(why)),
+            None => Ok(burden),
         }
     }
 
@@ -216,11 +248,12 @@ impl<S: FrameSink> Handover<'_, S> {
         let tasks = self.container.tasks().map_err(RoundsError::Tasks)?;
         let memory: u64 = tasks.iter().map(|task| resident_bytes(task.pid)).sum();
         let pages = memory / PAGE_SIZE;
+        let burden = self.burden(None)?.time(None);
         // Nothing has been measured. A limit is at least an upper end.
         let limit = self.plan.bandwidth_limit;
         let predicted = expect_post_copy(
             self.began.elapsed(),
-            fixed_downtime_over(tasks.len(), pages, self.round_trip()),
+            fixed_downtime_over(tasks.len(), pages, self.round_trip()).saturating_add(burden),
             pages,
             limit.map(|bytes| bytes.get() as f64 / PAGE_SIZE as f64),
         );
@@ -237,7 +270,11 @@ impl<S: FrameSink> Handover<'_, S> {
 
     /// Looks at every task. What is found of a space is read through the process that the latest scan names.
     fn scan(&mut self) -> Result<Pages, RoundsError> {
+        // Nobody is asked for anything who is paused or gone.
+        self.check(Duration::ZERO)?;
         let tasks = self.container.tasks().map_err(RoundsError::Tasks)?;
+        // Visitors do not move.
+        let tasks = self.watch.own(tasks);
         let Some(tracker) = &mut self.tracker else {
             return Ok(Pages::new());
         };
@@ -314,7 +351,10 @@ impl<S: FrameSink> Handover<'_, S> {
         if let Some(interrupted) = interrupted {
             return Err(interrupted);
         }
-        let sent = sent?;
+        let sent = match sent {
+            Err(error @ SendError::Stream(_)) => return Err(self.last_word(error.into())),
+            sent => sent?,
+        };
         let round_end = RoundEnd {
             round,
             pages: sent.pages,
@@ -335,7 +375,10 @@ impl<S: FrameSink> Handover<'_, S> {
         if let Some(rootfs) = &mut self.rootfs
             && let Some(pass) = rootfs.poll_pass()
         {
-            let (summary, duration) = pass?;
+            let (summary, duration) = match pass {
+                Ok(passed) => passed,
+                Err(error) => return Err(self.last_word(error.into())),
+            };
             let event = rootfs.event(summary, false, duration);
             let another = rootfs.passes() < LIVE_PASSES;
             if another {
@@ -347,7 +390,15 @@ impl<S: FrameSink> Handover<'_, S> {
         if rootfs_ready && !std::mem::replace(&mut self.prestarted, true) {
             self.prestart_target()?;
         }
-        Ok(rootfs_ready && self.dump_is_ready())
+        Ok(rootfs_ready && self.dump_is_ready() && self.is_alone()?)
+    }
+
+    /// Whether nobody is in the container who would be in the way of the dump.
+    fn is_alone(&mut self) -> Result<bool, RoundsError> {
+        match self.watch.is_alone() {
+            Ok(alone) => Ok(alone),
+            Err(change) => Err(RoundsError::Interrupted(self.changed(change))),
+        }
     }
 
     fn wait_until_ready(&mut self) -> Result<(), RoundsError> {
@@ -355,6 +406,18 @@ impl<S: FrameSink> Handover<'_, S> {
             self.check(Duration::from_millis(2))?;
         }
         Ok(())
+    }
+
+    /// A stream breaks with the connection, or because the target has given up and is about to say why: that is the reason
+    /// worth knowing. If no word comes the error stands for itself.
+    fn last_word(&mut self, error: RoundsError) -> RoundsError {
+        let deadline = Instant::now() + LAST_WORD_PATIENCE;
+        while Instant::now() < deadline {
+            if let Err(word) = self.check(Duration::from_millis(10)) {
+                return word;
+            }
+        }
+        error
     }
 
     fn check(&mut self, wait: Duration) -> Result<(), RoundsError> {

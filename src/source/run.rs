@@ -17,6 +17,7 @@ use super::rounds::{RoundsDone, RoundsError, name_of};
 use super::send::{FrameSink, Sender};
 use super::settle::{self, Settled, connector};
 use super::tracker::{Bystander, TrackError, Tracker, Trackers};
+use super::watch::Watch;
 use crate::chain::one_line;
 use crate::criu::binary::{Criu, NoCriu};
 use crate::criu::kernel_cache::{KernelCache, KernelCacheError};
@@ -175,8 +176,9 @@ fn move_container(
     let runc = Runc::new(&plan.runtime_root);
     let mut lock = lock_container(plan, migration, &runc)?;
     let container = runc.container(plan.container.as_str())?;
+    let watch = Watch::begin(&container).map_err(system("looking at the container"))?;
     let criu = Criu::find()?;
-    let survey = preflight::survey(&container, &criu, plan.rootfs, plan.page_streams)
+    let survey = preflight::survey(&container, &criu, plan)
         .map_err(system("looking at the container"))?;
     emit(Event::Preflight {
         side: Side::Source,
@@ -280,6 +282,7 @@ fn move_container(
         report.mode,
         &runc,
         &container,
+        watch,
         journal,
         link,
         signals,
@@ -615,7 +618,11 @@ fn conclude(
                 reason: reason.clone(),
                 downtime: report.downtime.as_ref().map(|downtime| downtime.total),
             });
-            Outcome::RolledBack { during, reason }
+            Outcome::RolledBack {
+                during,
+                reason,
+                stays: ended.stays,
+            }
         }
         SourceState::Serving => {
             emit(Event::Incomplete {

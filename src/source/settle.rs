@@ -327,7 +327,26 @@ pub fn settle_as(
     {
         lock.is_over();
     }
+    if settled == Settled::RolledBack && recovered.last == SourceRecord::Opened {
+        tell_target(state_dir, &recovered);
+    }
     Ok(Some(settled))
+}
+
+/// Lets the target know that the source of this migration is gone and the container went on: it takes its copy away at once
+/// and not when it misses the source. A question is enough, for before a commit the answer to it is to give up.
+fn tell_target(state_dir: &Path, recovered: &RecoveredSource) {
+    let opened = &recovered.opened;
+    let question = Question {
+        state_dir,
+        target: &opened.peer,
+        peer: &opened.peer_fingerprint,
+        migration: opened.migration,
+        target_journal: recovered.target_journal.unwrap_or(JournalId::from_bytes([0; 16])),
+    };
+    // One that cannot be reached finds out by itself.
+    let (_, reason) = question.ask();
+    tracing::info!(migration = %opened.migration, %reason, "told the target");
 }
 
 /// What the journal of a migration from here says now; `None` if there is none.
@@ -491,7 +510,7 @@ impl Recovery<'_> {
                         self.tidy("thaw the container", thawed);
                     }
                 });
-                if self.may_touch() {
+                if self.may_touch() && self.was_frozen() {
                     let opened = &self.recovered.opened;
                     let went_on = remains::let_go_on(
                         &Runc::new(&opened.runtime_root),
@@ -655,6 +674,11 @@ impl Recovery<'_> {
             }
             thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// Whether the engine may have stopped the container, or somebody else if it is stopped.
+    fn was_frozen(&self) -> bool {
+        self.recovered.leftovers.contains(&Leftover::Freeze)
     }
 
     fn same_boot(&self) -> bool {

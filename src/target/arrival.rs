@@ -50,7 +50,7 @@ use tokio::runtime::Handle;
 /// How long a prepared copy waits for a source it lost.
 const ORPHAN_PATIENCE: Duration = Duration::from_secs(30);
 
-/// How long announced pages and files may take to arrive.
+/// How long nothing of announced pages and files may arrive until they are given up.
 const ARRIVAL_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long CRIU may take to restore, and to let go.
@@ -256,6 +256,8 @@ impl<'a> Arrival<'a> {
                 .requirements
                 .memory_bytes
                 .saturating_mul(2)
+                // Deleted files are in the images.
+                .saturating_add(begin.requirements.rootfs_bytes)
                 .saturating_add(IMAGE_RESERVE),
         );
         let arrival = Arrival {

@@ -26,4 +26,5 @@ pub mod remains;
 pub mod restore;
 pub mod rootfs;
 pub mod settle;
+mod stall;
 pub mod stdio;

@@ -9,6 +9,7 @@
 //! A page's copies all come on one stream and are placed by one thread, in order: the newest wins.
 
 use super::page_store::{PageRun, PageStore, PageStoreError};
+use super::stall::Stall;
 use crate::transport::{Connection, PageInbox, TransportError};
 use crate::wire::message::ImageFile;
 use crate::wire::page_frame::Scratch;
@@ -22,6 +23,9 @@ use tokio::runtime::Handle;
 
 /// Frames that wait between a stream and its placing thread; each is at most about 1 MiB.
 const WAITING_FRAMES: usize = 4;
+
+/// How often bytes are looked for that are less than a frame or a file.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// Why pages or files could not be taken in.
 #[derive(Debug, Error)]
@@ -44,7 +48,7 @@ pub enum ReceiveError {
         source: std::io::Error,
     },
     /// What was announced did not come.
-    #[error("{0} did not arrive within {1:?}")]
+    #[error("{0} did not arrive: nothing came for {1:?}")]
     Missing(&'static str, Duration),
     /// A stream came that was not announced.
     #[error("page stream {0} was not announced")]
@@ -58,6 +62,7 @@ pub enum ReceiveError {
 #[derive(Debug)]
 pub struct Receiver {
     shared: Arc<Shared>,
+    connection: Connection,
 }
 
 #[derive(Debug)]
@@ -108,6 +113,7 @@ impl Receiver {
                 }
             });
         }
+        let kept = connection.clone();
         let (connection, files, images) = (
             connection.clone(),
             Arc::clone(&shared),
@@ -118,10 +124,13 @@ impl Receiver {
                 receive_files(&connection, &images, &held_aside, disk_limit, &files).await;
             files.report(received);
         });
-        Receiver { shared }
+        Receiver {
+            shared,
+            connection: kept,
+        }
     }
 
-    /// Waits until that many frames of each stream are placed.
+    /// Waits until that many frames of each stream are placed, as long as anything comes: `patience` is for a link that is dead.
     pub fn wait_for_frames(&self, frames: &[u64], patience: Duration) -> Result<(), ReceiveError> {
         self.wait("the announced pages", patience, |progress| {
             progress.frames.len() == frames.len()
@@ -133,7 +142,7 @@ impl Receiver {
         })
     }
 
-    /// Waits until every announced file is there, and checks that they are the ones announced.
+    /// Waits in the same way until every announced file is there, and checks that they are the ones announced.
     pub fn wait_for_files(
         &self,
         files: &[ImageFile],
@@ -164,8 +173,12 @@ impl Receiver {
         patience: Duration,
         done: impl Fn(&Progress) -> bool,
     ) -> Result<(), ReceiveError> {
-        let deadline = Instant::now() + patience;
         let mut progress = self.shared.lock();
+        let seen = |progress: &Progress| {
+            let placed: u64 = progress.frames.iter().sum();
+            (self.connection.bytes_taken(), placed, progress.files.len())
+        };
+        let mut stall = Stall::begin(patience, seen(&progress), Instant::now());
         loop {
             if let Some(error) = progress.failed.take() {
                 return Err(error);
@@ -173,10 +186,11 @@ impl Receiver {
             if done(&progress) {
                 return Ok(());
             }
-            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+            let Some(left) = stall.left(seen(&progress), Instant::now()) else {
                 return Err(ReceiveError::Missing(what, patience));
             };
-            let waited = self.shared.changed.wait_timeout(progress, left);
+            // Bytes come without a word: they are looked for.
+            let waited = self.shared.changed.wait_timeout(progress, left.min(LOOK));
             progress = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }

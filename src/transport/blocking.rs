@@ -26,7 +26,9 @@ impl BlockingStream {
 impl Read for BlockingStream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = AsyncReadExt::read(&mut self.receive, buffer);
-        self.connection.runtime().block_on(read)
+        let read = self.connection.runtime().block_on(read)?;
+        self.connection.took(read);
+        Ok(read)
     }
 }
 

@@ -16,6 +16,7 @@ use quinn::{ReadExactError, RecvStream, SendStream};
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{Mutex, mpsc};
@@ -41,6 +42,8 @@ struct Inner {
     version: Version,
     limit: RateLimit,
     link: Arc<LinkMeter>,
+    /// Bytes of pages and files that came.
+    came: AtomicU64,
     arrivals: Arrivals,
 }
 
@@ -84,6 +87,12 @@ pub struct WireStats {
     pub packet_bytes: u16,
     /// Bytes that may be in flight before an acknowledgement.
     pub window_bytes: u64,
+}
+
+impl std::fmt::Debug for Connection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Connection to {}", self.0.peer.name)
+    }
 }
 
 impl Connection {
@@ -145,6 +154,7 @@ impl Connection {
             version,
             limit: RateLimit::new(limit),
             link: Arc::new(LinkMeter::default()),
+            came: AtomicU64::new(0),
             arrivals,
         }))
     }
@@ -241,6 +251,17 @@ impl Connection {
     /// Feed it to `CodecChooser::link_took`.
     pub fn link_sample(&self) -> Option<LinkSample> {
         self.0.link.sample()
+    }
+
+    /// Bytes of pages and files that the peer sent and that were taken in so far: as long as it grows the link works, however
+    /// slow it is.
+    pub fn bytes_taken(&self) -> u64 {
+        self.0.came.load(Ordering::Relaxed)
+    }
+
+    /// So many bytes of a page or file were taken in.
+    pub(super) fn took(&self, bytes: usize) {
+        self.0.came.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     /// What was carried so far.

@@ -80,7 +80,7 @@ pub struct FileReceiver {
     index: u16,
     /// Set while a file's content is outstanding: what follows is then not a header.
     inside: bool,
-    _connection: Connection,
+    connection: Connection,
 }
 
 impl FileReceiver {
@@ -89,7 +89,7 @@ impl FileReceiver {
             stream,
             index,
             inside: false,
-            _connection: connection,
+            connection,
         }
     }
 
@@ -161,7 +161,7 @@ impl IncomingFile<'_> {
                 limit,
             });
         }
-        let stream = &mut self.receiver.stream;
+        let (stream, connection) = (&mut self.receiver.stream, &self.receiver.connection);
         let mut left = size;
         while left > 0 {
             let most = left.min(PIECE as u64) as usize;
@@ -170,6 +170,7 @@ impl IncomingFile<'_> {
                 .await?
                 .ok_or(TransportError::Truncated("a file's content"))?
                 .bytes;
+            connection.took(piece.len());
             self.hash.update(&piece);
             to.write_all(&piece)
                 .await

@@ -218,9 +218,11 @@ impl PageReceiver {
         while rest.len() < header.rest_len() {
             let missing = header.rest_len() - rest.len();
             let read = self.stream.read_buf(&mut (&mut rest).limit(missing)).await;
-            if read.map_err(read_error)? == 0 {
+            let read = read.map_err(read_error)?;
+            if read == 0 {
                 return Err(TransportError::Truncated("a page frame"));
             }
+            self.connection.took(read);
         }
         let frame = Frame::decode(header, rest.freeze())?;
         self.frames += 1;

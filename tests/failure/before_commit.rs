@@ -59,6 +59,9 @@ fn guard_rolls_back_of(workload: &Workload, step: &str) -> Result<()> {
     let mut moving = stage.start_move("web", &[HASTE, &fault])?;
     moving.wait_for("fault injected", LIMIT)?;
     moving.wait(LIMIT)?;
+    // The guard lets the target know, which else would find out when it misses the source.
+    let mut agent = agent;
+    agent.wait_for("asked what became of it", LIMIT)?;
     settle(&stage, &moving, agent)
 }
 

@@ -5,7 +5,9 @@
 
 mod at_commit;
 mod before_commit;
+mod burden;
 mod frozen;
+mod meanwhile;
 mod post_copy;
 mod refusal;
 mod slowed;

@@ -110,6 +110,15 @@ impl<'h> Stage<'h> {
         expect_clean(self.b, &self.before_b, agent)
     }
 
+    /// Of a container that did not move, nothing is at the target: no container, no process, no file.
+    pub fn expect_nothing_there(&self, agent: &Running) -> Result<()> {
+        ensure!(
+            self.container.state(self.b)?.is_none(),
+            "the target's runtime knows the container"
+        );
+        expect_clean(self.b, &self.before_b, Some(agent))
+    }
+
     /// The same for a migration that did not begin.
     pub fn expect_untouched(&self, agent: &Running) -> Result<()> {
         self.expect_rolled_back(Some(agent))

@@ -55,6 +55,10 @@ impl<S: FrameSink> Handover<'_, S> {
         if let Some(frozen) = self.frozen.take() {
             frozen.give_away();
         }
+        if self.timeline.at(Mark::FreezeBegan).is_none() {
+            // Whoever stopped it in the meantime is its user.
+            return;
+        }
         let Container {
             id,
             freezer,
@@ -77,9 +81,7 @@ impl<S: FrameSink> Handover<'_, S> {
                 }
             }
         }
-        if self.timeline.at(Mark::FreezeBegan).is_some() {
-            self.mark(Mark::Resumed);
-        }
+        self.mark(Mark::Resumed);
     }
 
     /// Has CRIU let go of what it holds: by the answer of its hooks, or if it does not get on, by a thaw that may be what it

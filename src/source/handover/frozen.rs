@@ -14,6 +14,7 @@ use crate::kernel::maps::{Vma, VmaKind};
 use crate::memory::{PAGE_SIZE, PageSet, SpaceId};
 use crate::migration::event::Event;
 use crate::migration::handoff::{SourceEvent, SourceState};
+use crate::migration::journal::{Leftover, Record};
 use crate::migration::phase::Mark;
 use crate::migration::report::{DumpKind, RoundReport, Sent};
 use crate::runtime::runc::Container;
@@ -25,6 +26,7 @@ use crate::source::residue::{residue, take_lazy};
 use crate::source::rootfs::FileId;
 use crate::source::send::{FrameSink, PagesToSend, Progress, Sender};
 use crate::source::tracker::{Bystander, Motion, SpaceScan, Tracker, TrackerKind};
+use crate::source::watch::{Change, VISIT_PATIENCE};
 use crate::wire::message::{ImageFile, Manifest, SpaceOwner};
 use crate::wire::path::RelativePath;
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,41 +35,80 @@ use std::time::{Duration, Instant};
 
 impl<S: FrameSink> Handover<'_, S> {
     pub(super) fn freeze(&mut self) -> Option<SourceEvent> {
-        self.mark(Mark::FreezeBegan);
-        let start = Instant::now();
-        // Its name, its cgroup's path and even its pid may be another's by now.
-        if !self.is_itself() {
-            let id = &self.container.id;
-            self.because(format!(
-                "container {id} ended during the rounds, and what has its name now is another"
-            ));
-            return Some(SourceEvent::FreezeFailed);
+        // On record first: nobody else may take it for stopped by its user, and leave it so.
+        if let Err(error) = self.journal.append(&Record::Leftover(Leftover::Freeze)) {
+            self.because(error.to_string());
+            return Some(SourceEvent::LocalFailure);
         }
-        let window = self.window;
-        let freezer = &self.container.freezer;
-        self.paused = freezer.is_frozen().unwrap_or(false);
-        let frozen = match self.paused {
-            true => Err(FreezeError::Paused),
-            false => freezer.freeze(FREEZE_PATIENCE, || window.over().is_some()),
-        };
-        Some(match frozen {
-            Ok(frozen) => {
-                self.frozen = Some(frozen);
-                self.mark(Mark::Frozen);
-                (self.emit)(Event::Frozen {
-                    duration: start.elapsed(),
-                });
-                SourceEvent::CgroupFrozen
+        let asked = Instant::now();
+        loop {
+            if let Err(event) = self.see_that_it_may_freeze() {
+                return Some(event);
             }
-            Err(FreezeError::CalledOff) => {
-                let wanted = self.heard_cancel().or_else(|| self.stood_still_too_long());
-                wanted.unwrap_or(SourceEvent::FreezeFailed)
+            // Its name, its cgroup's path and even its pid may be another's by now.
+            if !self.is_itself() {
+                let id = &self.container.id;
+                self.because(format!(
+                    "container {id} ended during the rounds, and what has its name now is another"
+                ));
+                return Some(SourceEvent::FreezeFailed);
             }
-            Err(error) => {
-                self.because(error.to_string());
-                SourceEvent::FreezeFailed
+            let (began, start) = (self.began.elapsed(), Instant::now());
+            // It stands still from now on, and not from the order on: visitors were waited for.
+            self.window = self.window.open_again();
+            let window = self.window;
+            let freezer = &self.container.freezer;
+            self.paused = freezer.is_frozen().unwrap_or(false);
+            let frozen = match self.paused {
+                true => Err(FreezeError::Paused),
+                false => freezer.freeze(FREEZE_PATIENCE, || window.over().is_some()),
+            };
+            let frozen = match frozen {
+                Ok(frozen) => frozen,
+                Err(FreezeError::CalledOff) => {
+                    self.mark_at(Mark::FreezeBegan, began);
+                    let wanted = self.heard_cancel().or_else(|| self.stood_still_too_long());
+                    return Some(wanted.unwrap_or(SourceEvent::FreezeFailed));
+                }
+                Err(error) => {
+                    self.mark_at(Mark::FreezeBegan, began);
+                    self.because(error.to_string());
+                    return Some(SourceEvent::FreezeFailed);
+                }
+            };
+            let seen = self.watch.look_while_frozen();
+            if matches!(seen, Err(Change::Visited { .. })) && asked.elapsed() < VISIT_PATIENCE {
+                // It came in the last moment, and may be gone in the next: the container runs meanwhile.
+                drop(frozen);
+                continue;
             }
-        })
+            self.frozen = Some(frozen);
+            self.mark_at(Mark::FreezeBegan, began);
+            self.mark(Mark::Frozen);
+            (self.emit)(Event::Frozen {
+                duration: start.elapsed(),
+            });
+            return Some(match seen {
+                Ok(()) => SourceEvent::CgroupFrozen,
+                Err(change) => self.changed(change),
+            });
+        }
+    }
+
+    /// The last look before the freeze: the container is as it was, and nobody is in it who does not belong to it.
+    fn see_that_it_may_freeze(&mut self) -> Result<(), SourceEvent> {
+        loop {
+            let alone = self.watch.look(false).and_then(|()| self.watch.is_alone());
+            match alone {
+                Ok(true) => return Ok(()),
+                Ok(false) => {
+                    if let Some(event) = self.interruption(Duration::from_millis(1)) {
+                        return Err(event);
+                    }
+                }
+                Err(change) => return Err(self.changed(change)),
+            }
+        }
     }
 
     /// Whether the container is still the one that the migration began with.
@@ -367,6 +408,11 @@ impl<S: FrameSink> Handover<'_, S> {
     pub(super) fn confirm_hold(&mut self) -> SourceEvent {
         let still_frozen = self.container.freezer.is_frozen().unwrap_or(false);
         let hook_waits = self.hold.as_ref().is_some_and(WaitingHook::is_waiting);
+        // Killed in the v1 freezer it is not dead yet; at the target it would go on.
+        if let Err(change) = self.watch.alive() {
+            self.changed(change);
+            return SourceEvent::HoldBroken;
+        }
         if still_frozen && hook_waits {
             SourceEvent::HoldConfirmed
         } else {

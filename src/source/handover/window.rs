@@ -50,6 +50,11 @@ impl<'a> Window<'a> {
         }
     }
 
+    /// As long as it was opened for, from now on.
+    pub fn open_again(self) -> Window<'a> {
+        self.open(self.limit)
+    }
+
     /// Why nothing more should be waited for; `None` as long as it should.
     pub fn over(&self) -> Option<Over> {
         if self.cancelled.load(Ordering::Relaxed) {

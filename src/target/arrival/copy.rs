@@ -5,6 +5,7 @@ use super::{ARRIVAL_PATIENCE, Arrival, DISCARD_PAUSE, PAGER_PATIENCE, RESTORE_PA
 use crate::criu::environment::Environment;
 use crate::criu::hook::HookServer;
 use crate::criu::options::Options;
+use crate::fault;
 use crate::migration::handoff::TargetEvent;
 use crate::migration::journal::{Leftover, ProcessName, Record};
 use crate::runtime::home::Home;
@@ -173,7 +174,7 @@ impl Arrival<'_> {
     /// Waits until every announced frame is in the page store.
     pub(super) fn frames_are_here(&self, frames: &[u64]) -> Result<(), (PeerError, String)> {
         self.receiver()?
-            .wait_for_frames(frames, ARRIVAL_PATIENCE)
+            .wait_for_frames(frames, fault::patience(ARRIVAL_PATIENCE))
             .map_err(|error| (PeerError::ReceiveFailed, error.to_string()))
     }
 
@@ -183,7 +184,7 @@ impl Arrival<'_> {
     ) -> Result<(), (PeerError, String)> {
         self.frames_are_here(&manifest.frames_per_stream)?;
         self.receiver()?
-            .wait_for_files(&manifest.image_files, ARRIVAL_PATIENCE)
+            .wait_for_files(&manifest.image_files, fault::patience(ARRIVAL_PATIENCE))
             .map_err(|error| (PeerError::ImagesUnusable, error.to_string()))?;
         self.manifest = Some(manifest);
         Ok(())
