@@ -3,6 +3,7 @@
 //! Every finding that forbids the move is one line that says what is wrong and what to do. The target looks at the
 //! [`Requirements`] in its turn.
 
+use super::writers::Look;
 use crate::criu::binary::Criu;
 use crate::kernel::ptrace::living_thread;
 use crate::migration::event::{Finding, Verdict};
@@ -114,6 +115,8 @@ pub fn survey(
         looks.over("network", &mut refusals, "loopback only".into());
         check_open_files(container, &tasks, &mut refusals)?;
         check_limits(container, &tasks, &mut refusals)?;
+        let unmovable = Look::at(&container.id).unmovable(&tasks);
+        refusals.extend(unmovable.iter().map(ToString::to_string));
         looks.over(
             "open files",
             &mut refusals,
