@@ -169,7 +169,12 @@ fn pages_that_are_written_all_the_time_wait_for_the_freeze() -> Result<()> {
 fn what_system_calls_write_that_end_under_criu_arrives() -> Result<()> {
     let (a, b) = (Host::new("a")?, Host::new("b")?);
     let pair = Pair::new(&a, &b)?;
-    let workload = Workload::kernel_writer(8).arg("--readers=0");
+    // Many threads, so that CRIU takes hold of the last of them after their pages were read. A libaio context that is not in use,
+    // as a web server has it, keeps nobody from moving.
+    let workload = Workload::kernel_writer(8)
+        .arg("--readers=0")
+        .arg("--waiters=200")
+        .arg("--idle-aio");
     let container = Container::create(&a, "web", &workload, &ContainerOptions::default())?;
     for (mode, from) in [("pre-copy", &a), ("hybrid", &b)] {
         pair.move_with(from, &[&format!("--mode={mode}")], "web")?;
