@@ -152,7 +152,6 @@ pub struct Handover<'a, S> {
     /// Processes that job control had stopped before the freeze.
     stopped: Vec<Task>,
     scans: Vec<SpaceScan>,
-    held_back: BTreeMap<SpaceId, PageSet>,
     /// Dirty pages that wait for the dump to say whether they can be owed.
     put_off: BTreeMap<SpaceId, PageSet>,
     owed: Vec<PagesToSend>,
@@ -269,7 +268,6 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             paused: false,
             stopped: Vec::new(),
             scans: Vec::new(),
-            held_back: BTreeMap::new(),
             put_off: BTreeMap::new(),
             owed: Vec::new(),
             owing: Owing::default(),

@@ -5,7 +5,7 @@
 //!               ├▶ link           the connection to the target
 //!               ├▶ burden         what CRIU carries while it stands still
 //!               ├▶ watch          what the user does with the container meanwhile
-//!               ├▶ rounds         tracker finds dirty pages, send sends them, rootfs_copy the files beside
+//!               ├▶ rounds         tracker finds dirty pages, writers whoever it cannot see, send sends them, rootfs_copy the files
 //!               ├▶ handover       the handoff table: dump, residue, commit
 //!               └▶ guard          a process that ends the migration if this one dies
 //!               ├▶ serve          post-copy: owed pages to the target, faults first
@@ -34,3 +34,4 @@ pub mod settle;
 pub mod slowing;
 pub mod tracker;
 pub mod watch;
+pub mod writers;

@@ -6,6 +6,7 @@
 use super::burden::Burden;
 use super::going_on::{traced_by, tracer_of};
 use super::plan::Plan;
+use super::writers::Look;
 use crate::criu::binary::Criu;
 use crate::kernel::ptrace::living_thread;
 use crate::migration::event::{Finding, Verdict};
@@ -139,6 +140,8 @@ pub fn survey(
         check_visitors(container, &tasks, &mut refusals);
         check_open_files(container, &tasks, &mut refusals)?;
         check_limits(container, &tasks, &mut refusals)?;
+        let unmovable = Look::at(&container.id).unmovable(&tasks);
+        refusals.extend(unmovable.iter().map(ToString::to_string));
         looks.over(
             "open files",
             &mut refusals,

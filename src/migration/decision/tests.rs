@@ -131,6 +131,7 @@ fn migrate(mode: Mode, pattern: Pattern, limits: &Limits) -> Cost {
             elapsed,
             fixed_downtime: FIXED,
             round_trip: ROUND_TRIP,
+            in_doubt: 0,
         };
         let verdict = decide(mode, &seen, limits);
         if let Course::Freeze { switch, .. } = verdict.course {
@@ -307,6 +308,7 @@ fn how_a_container_writes_is_told_from_two_scans() {
         elapsed: Duration::ZERO,
         fixed_downtime: FIXED,
         round_trip: ROUND_TRIP,
+        in_doubt: 0,
     };
     let writes = seen.writes().expect("three scans");
     assert!(
@@ -569,6 +571,7 @@ fn auto_decides_on_recorded_rounds_as_their_containers_called_for() {
                 elapsed: rounds[..done].iter().map(|round| round.duration).sum(),
                 fixed_downtime: FIXED,
                 round_trip: ROUND_TRIP,
+                in_doubt: 0,
             };
             decide(mode, &seen, &limits).course
         };
