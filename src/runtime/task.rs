@@ -76,13 +76,19 @@ impl Task {
 /// Processes that exit meanwhile are left out; ones that are born meanwhile may be missed, so the list is final only
 /// while the container is frozen.
 pub fn tasks_of_cgroup(cgroup: &Path) -> io::Result<Vec<Task>> {
-    let mut pids = BTreeSet::new();
-    collect_pids(cgroup, &mut pids)?;
+    let pids = pids_of_cgroup(cgroup)?;
     let mut tasks = Vec::with_capacity(pids.len());
     for pid in pids {
         tasks.extend(Task::read(pid)?);
     }
     Ok(tasks)
+}
+
+/// The pid of every process in the cgroup and in the cgroups below it, in ascending order; zombies are among them.
+pub fn pids_of_cgroup(cgroup: &Path) -> io::Result<Vec<i32>> {
+    let mut pids = BTreeSet::new();
+    collect_pids(cgroup, &mut pids)?;
+    Ok(pids.into_iter().collect())
 }
 
 fn collect_pids(cgroup: &Path, pids: &mut BTreeSet<i32>) -> io::Result<()> {

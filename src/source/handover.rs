@@ -13,8 +13,6 @@ mod ending;
 mod frozen;
 mod serving;
 
-pub use frozen::mapped_files;
-
 use super::dump::{Dump, DumpSignal, PreparedDump};
 use super::link::{Link, LinkError};
 use super::plan::Plan;
@@ -38,11 +36,10 @@ use crate::migration::report::{DumpKind, RoundReport};
 use crate::migration::{JournalId, MigrationId};
 use crate::runtime::runc::{Container, Runc};
 use crate::runtime::{Frozen, Task};
-use crate::source::rootfs::FileId;
 use crate::transport::TransportError;
 use crate::wire::message::{self, Message};
 use crate::wire::peer_error::PeerError;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -113,8 +110,6 @@ pub struct Handover<'a, S> {
     pub unsent: BTreeMap<SpaceId, PageSet>,
     /// The process each space can be read through, as of the last scan.
     pub readers: BTreeMap<SpaceId, i32>,
-    /// Files that tasks had mapped shared and writable at the last scan.
-    pub mapped_files: BTreeSet<FileId>,
     /// The target was told to start its restore.
     pub prestarted: bool,
     /// What it was, or will be, told.
@@ -226,7 +221,6 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             cancelled,
             unsent: BTreeMap::new(),
             readers: BTreeMap::new(),
-            mapped_files: BTreeSet::new(),
             prestarted: false,
             prestart,
             network_lock,

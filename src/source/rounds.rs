@@ -8,7 +8,7 @@
 //!
 //! Each scan re-arms before its pages are read, so a page written while it is read is dirty again in the next one.
 
-use super::handover::{Handover, mapped_files};
+use super::handover::Handover;
 use super::link::Link;
 use super::preflight::resident_bytes;
 use super::rootfs_copy::RootfsCopyError;
@@ -235,7 +235,6 @@ impl<S: FrameSink> Handover<'_, S> {
             return Ok(Pages::new());
         };
         let scans = tracker.scan(&tasks, Motion::Running)?;
-        self.mapped_files = mapped_files(&scans);
         self.readers = scans.iter().map(|scan| (scan.space, scan.pid)).collect();
         Ok(scans.into_iter().map(pages_of).collect())
     }
@@ -332,7 +331,7 @@ impl<S: FrameSink> Handover<'_, S> {
             let event = rootfs.event(summary, false, duration);
             let another = rootfs.passes() < LIVE_PASSES;
             if another {
-                rootfs.begin_pass(self.mapped_files.clone())?;
+                rootfs.begin_pass()?;
             }
             (self.emit)(event);
         }
