@@ -7,7 +7,13 @@ mod attacks;
 mod changes;
 #[path = "rootfs/harness.rs"]
 mod harness;
+#[path = "rootfs/holder.rs"]
+mod holder;
 #[path = "rootfs/kinds.rs"]
 mod kinds;
+#[path = "rootfs/leases.rs"]
+mod leases;
 #[path = "rootfs/random.rs"]
 mod random;
+#[path = "rootfs/stores.rs"]
+mod stores;

@@ -124,6 +124,17 @@ pub fn read(pid: i32, kinds: &mut FileKinds) -> Result<Vec<Vma>, MapsError> {
     Ok(vmas)
 }
 
+/// Where `pid` has files mapped shared, whatever it may do there now. Empty if it has no memory.
+pub fn shared_file_mappings(pid: i32) -> io::Result<Vec<(u64, u64)>> {
+    let text = std::fs::read(format!("/proc/{pid}/maps"))?;
+    let lines = text.split(|&byte| byte == b'\n');
+    let entries = lines.filter_map(Entry::parse);
+    Ok(entries
+        .filter(|entry| entry.perms[3] == b's' && entry.inode != 0)
+        .map(|entry| (entry.start, entry.end))
+        .collect())
+}
+
 /// The memory a process had at some moment, whatever the process does since.
 #[derive(Debug)]
 pub struct Image {

@@ -15,6 +15,7 @@
 //!  tcp_repair ────── gives connections back that a dead CRIU was reading
 //!  private_mounts ── starts a program in a mount namespace of its own
 //!  userfaultfd_missing  fills missing pages of restored processes
+//!  file_table ────── whether threads share their descriptors
 //!  ksm ───────────── whether the kernel merges equal pages
 //!  readiness ─────── waits for a descriptor in async tasks
 //!  sparse_file ───── reads the data of a file and skips its holes
@@ -25,6 +26,7 @@
 pub mod address_space;
 pub mod bug_probes;
 pub mod bugs;
+pub mod file_table;
 #[cfg(test)]
 pub(crate) mod forked;
 pub mod inject;

@@ -2,6 +2,7 @@
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::{Errno, pread};
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
 /// One chunk as it was read.
@@ -22,6 +23,7 @@ pub struct Chunk<'a> {
 /// gets a chunk of the length it was promised.
 pub struct ChunkReader<'f> {
     file: BorrowedFd<'f>,
+    seeks: bool,
     size: u64,
     position: u64,
     /// The extent of data around or after `position`, remembered so that a dense file costs two seeks and
@@ -34,21 +36,54 @@ impl<'f> ChunkReader<'f> {
     pub fn new(file: BorrowedFd<'f>, size: u64) -> Self {
         ChunkReader {
             file,
+            seeks: true,
             size,
             position: 0,
             extent: (0, 0),
         }
     }
 
+    /// The same for a descriptor whose position belongs to somebody else, and seeking would move it: what is all zeros
+    /// counts as holes.
+    pub fn without_seeking(file: BorrowedFd<'f>, size: u64) -> Self {
+        ChunkReader {
+            seeks: false,
+            extent: (0, size),
+            ..ChunkReader::new(file, size)
+        }
+    }
+
     /// The next chunk with data in it. `buffer`, never empty, has the length of a chunk and holds its bytes.
     pub fn next<'b>(&mut self, buffer: &'b mut [u8]) -> Result<Option<Chunk<'b>>, Errno> {
-        let Some((data, _)) = self.data_from(self.position)? else {
-            return Ok(None);
-        };
         let chunk_len = buffer.len() as u64;
-        let chunk = data / chunk_len;
-        let start = chunk * chunk_len;
-        let end = self.size.min(start + chunk_len);
+        let (chunk, start, end, spans) = loop {
+            let Some((data, _)) = self.data_from(self.position)? else {
+                return Ok(None);
+            };
+            let chunk = data / chunk_len;
+            let start = chunk * chunk_len;
+            let end = self.size.min(start + chunk_len);
+            let spans = self.read_chunk(buffer, start, end)?;
+            if !spans.is_empty() {
+                break (chunk, start, end, spans);
+            }
+        };
+        let buffer: &'b [u8] = buffer;
+        let extents = spans.into_iter().map(|s| (s.start, &buffer[s])).collect();
+        Ok(Some(Chunk {
+            number: chunk,
+            len: (end - start) as usize,
+            extents,
+        }))
+    }
+
+    /// Reads what lies in `start..end` to the beginning of `buffer`; says where there is data.
+    fn read_chunk(
+        &mut self,
+        buffer: &mut [u8],
+        start: u64,
+        end: u64,
+    ) -> Result<Vec<Range<usize>>, Errno> {
         let mut spans = Vec::new();
         self.position = start;
         while self.position < end {
@@ -60,18 +95,15 @@ impl<'f> ChunkReader<'f> {
             }
             let (from, to) = ((data - start) as usize, (hole.min(end) - start) as usize);
             read_or_zero(self.file, &mut buffer[from..to], data)?;
-            spans.push(from..to);
+            if self.seeks {
+                spans.push(from..to);
+            } else {
+                spans.extend(not_zero(buffer, from..to));
+            }
             self.position = start + to as u64;
         }
         self.position = end;
-        let buffer: &'b [u8] = buffer;
-        let extents: Vec<(usize, &[u8])> =
-            spans.into_iter().map(|s| (s.start, &buffer[s])).collect();
-        Ok(Some(Chunk {
-            number: chunk,
-            len: (end - start) as usize,
-            extents,
-        }))
+        Ok(spans)
     }
 
     /// The first extent of data that ends after `position`, cut to start there; `None` if only hole follows.
@@ -98,6 +130,23 @@ impl<'f> ChunkReader<'f> {
     }
 }
 
+/// The runs of blocks in `range` of `buffer` that are not all zeros.
+fn not_zero(buffer: &[u8], range: Range<usize>) -> Vec<Range<usize>> {
+    const BLOCK: usize = 4096;
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for start in range.clone().step_by(BLOCK) {
+        let block = start..range.end.min(start + BLOCK);
+        if buffer[block.clone()].iter().all(|byte| *byte == 0) {
+            continue;
+        }
+        match runs.last_mut() {
+            Some(run) if run.end == block.start => run.end = block.end,
+            _ => runs.push(block),
+        }
+    }
+    runs
+}
+
 fn read_or_zero(file: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> Result<(), Errno> {
     let mut done = 0;
     while done < buffer.len() {
@@ -120,6 +169,25 @@ mod tests {
     use std::os::fd::AsFd;
 
     const CHUNK: usize = 256 << 10;
+
+    #[test]
+    fn without_seeking_the_position_stays_and_zeros_are_holes() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(3 * CHUNK as u64).unwrap();
+        rustix::io::pwrite(&file, &[7; 5000], 2 * CHUNK as u64 + 4096).unwrap();
+        seek(&file, SeekFrom::Start(77)).unwrap();
+        let mut buffer = vec![1; CHUNK];
+        let mut reader = ChunkReader::without_seeking(file.as_fd(), 3 * CHUNK as u64);
+        let chunk = reader.next(&mut buffer).unwrap().unwrap();
+        assert_eq!((chunk.number, chunk.extents.len()), (2, 1));
+        let (offset, bytes) = chunk.extents[0];
+        assert_eq!(
+            (offset, bytes.len(), &bytes[..5000]),
+            (4096, 8192, &[7; 5000][..])
+        );
+        assert!(reader.next(&mut buffer).unwrap().is_none());
+        assert_eq!(seek(&file, SeekFrom::Current(0)).unwrap(), 77);
+    }
 
     #[test]
     fn a_file_cut_short_while_it_is_read_reads_as_zeros() {

@@ -304,6 +304,12 @@ impl Container {
         task::tasks_of_cgroup(self.freezer.path())
     }
 
+    /// What lists the pids of its processes, for another thread.
+    pub fn list_tasks(&self) -> Box<dyn Fn() -> io::Result<Vec<i32>> + Send> {
+        let cgroup = self.freezer.path().to_path_buf();
+        Box::new(move || task::pids_of_cgroup(&cgroup).map(|pids| pids.into_iter().collect()))
+    }
+
     /// The directory of a controller: `memory` under v1, the unified directory under v2.
     pub fn cgroup(&self, controller: &str) -> Option<&Path> {
         self.cgroups

@@ -16,7 +16,6 @@ mod sending;
 mod serving;
 mod window;
 
-pub use frozen::mapped_files;
 pub use window::Window;
 
 use super::dump::{Dump, DumpSignal, PreparedDump};
@@ -44,11 +43,10 @@ use crate::migration::{JournalId, MigrationId};
 use crate::runtime::runc::{Container, Runc};
 use crate::runtime::{Frozen, Task};
 use records::Records;
-use crate::source::rootfs::FileId;
 use crate::transport::TransportError;
 use crate::wire::message::{self, Message};
 use crate::wire::peer_error::PeerError;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -122,8 +120,6 @@ pub struct Handover<'a, S> {
     pub unsent: BTreeMap<SpaceId, PageSet>,
     /// The process each space can be read through, as of the last scan.
     pub readers: BTreeMap<SpaceId, i32>,
-    /// Files that tasks had mapped shared and writable at the last scan.
-    pub mapped_files: BTreeSet<FileId>,
     /// The target was told to start its restore.
     pub prestarted: bool,
     /// What it was, or will be, told.
@@ -249,7 +245,6 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             cancelled,
             unsent: BTreeMap::new(),
             readers: BTreeMap::new(),
-            mapped_files: BTreeSet::new(),
             prestarted: false,
             prestart,
             network_lock,

@@ -1,10 +1,9 @@
 //! Copying the root filesystem on a thread of its own, beside the rounds and beside the dump.
 
-use super::rootfs::{FileId, RootfsSource, SourceError, Summary};
 use super::handover::Window;
+use super::rootfs::{ListTasks, RootfsSource, SourceError, Summary};
 use crate::migration::event::Event;
 use crate::transport::BlockingStream;
-use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -32,10 +31,19 @@ pub enum RootfsCopyError {
     Ended,
 }
 
+/// A pass to be done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Order {
+    /// The container runs.
+    Live,
+    /// The container is frozen.
+    Last,
+}
+
 /// A copy under way: passes are asked for and waited for.
 #[derive(Debug)]
 pub struct RootfsCopy {
-    orders: Sender<BTreeSet<FileId>>,
+    orders: Sender<Order>,
     results: Receiver<Result<(Summary, Duration), SourceError>>,
     passes: u32,
     busy: bool,
@@ -43,23 +51,28 @@ pub struct RootfsCopy {
 }
 
 impl RootfsCopy {
-    /// Opens the tree and begins the first pass.
-    pub fn start(root: &Path, mut stream: BlockingStream) -> Result<RootfsCopy, RootfsCopyError> {
-        let mut source = RootfsSource::new(root)?;
-        let (orders, ordered) = channel::<BTreeSet<FileId>>();
+    /// Opens the tree and begins the first pass. `tasks` lists the processes that may write to it.
+    pub fn start(
+        root: &Path,
+        tasks: ListTasks,
+        mut stream: BlockingStream,
+    ) -> Result<RootfsCopy, RootfsCopyError> {
+        let mut source = RootfsSource::new(root, tasks)?;
+        let (orders, ordered) = channel();
         let (finished, results) = channel();
         let thread = thread::Builder::new()
             .name("rootfs".into())
             .spawn(move || {
                 let mut is_first = true;
-                while let Ok(mapped) = ordered.recv() {
+                while let Ok(order) = ordered.recv() {
                     let start = Instant::now();
-                    let pass = if is_first {
-                        source.first_pass(&mut stream, &mapped)
-                    } else {
-                        source.changed_pass(&mut stream, &mapped)
+                    let pass = match order {
+                        Order::Live if std::mem::replace(&mut is_first, false) => {
+                            source.first_pass(&mut stream)
+                        }
+                        Order::Live => source.changed_pass(&mut stream),
+                        Order::Last => source.last_pass(&mut stream),
                     };
-                    is_first = false;
                     if finished
                         .send(pass.map(|summary| (summary, start.elapsed())))
                         .is_err()
@@ -77,15 +90,24 @@ impl RootfsCopy {
             busy: false,
             _thread: thread,
         };
-        copy.begin_pass(BTreeSet::new())?;
+        copy.begin_pass()?;
         Ok(copy)
     }
 
-    /// Begins a pass over what changed; files in `mapped` may have changed without a trace.
-    pub fn begin_pass(&mut self, mapped: BTreeSet<FileId>) -> Result<(), RootfsCopyError> {
+    /// Begins a pass over what changed, while the container runs.
+    pub fn begin_pass(&mut self) -> Result<(), RootfsCopyError> {
+        self.order(Order::Live)
+    }
+
+    /// Begins the pass after which both trees are the same: the container is frozen.
+    pub fn begin_last_pass(&mut self) -> Result<(), RootfsCopyError> {
+        self.order(Order::Last)
+    }
+
+    fn order(&mut self, order: Order) -> Result<(), RootfsCopyError> {
         self.passes += 1;
         self.busy = true;
-        self.orders.send(mapped).map_err(|_| RootfsCopyError::Ended)
+        self.orders.send(order).map_err(|_| RootfsCopyError::Ended)
     }
 
     /// Waits for the pass begun last, as long as it may take.

@@ -9,7 +9,7 @@
 //! Each scan re-arms before its pages are read, so a page written while it is read is dirty again in the next one.
 
 use super::burden::Burden;
-use super::handover::{Handover, mapped_files};
+use super::handover::Handover;
 use super::link::Link;
 use super::preflight::resident_bytes;
 use super::rootfs_copy::RootfsCopyError;
@@ -294,7 +294,6 @@ impl<S: FrameSink> Handover<'_, S> {
         };
         let scans = tracker.scan(&tasks, Motion::Running)?;
         self.look_for_writers(&scans, &tasks)?;
-        self.mapped_files = mapped_files(&scans);
         self.readers = scans.iter().map(|scan| (scan.space, scan.pid)).collect();
         Ok(scans.into_iter().map(pages_of).collect())
     }
@@ -418,7 +417,7 @@ impl<S: FrameSink> Handover<'_, S> {
             let event = rootfs.event(summary, false, duration);
             let another = rootfs.passes() < LIVE_PASSES;
             if another {
-                rootfs.begin_pass(self.mapped_files.clone())?;
+                rootfs.begin_pass()?;
             }
             (self.emit)(event);
         }

@@ -532,6 +532,7 @@ fn start_rootfs(
         RootfsMode::Shared => Ok(None),
         RootfsMode::Copied => Ok(Some(RootfsCopy::start(
             &container.rootfs,
+            container.list_tasks(),
             link.rootfs_stream()?,
         )?)),
     }

@@ -561,10 +561,10 @@ fn a_target_that_answers_nonsense_is_an_error_at_the_source() {
         theirs.write_all(&bytes).unwrap();
         theirs.shutdown(std::net::Shutdown::Write).unwrap();
         let reading = std::thread::spawn(move || std::io::copy(&mut theirs, &mut std::io::sink()));
-        let mut source = migrate::source::rootfs::RootfsSource::new(&trees.source).unwrap();
-        let error = source
-            .first_pass(&mut ours, &Default::default())
-            .unwrap_err();
+        let mut source =
+            migrate::source::rootfs::RootfsSource::new(&trees.source, Box::new(|| Ok(Vec::new())))
+                .unwrap();
+        let error = source.first_pass(&mut ours).unwrap_err();
         assert!(
             matches!(
                 error,
@@ -573,7 +573,7 @@ fn a_target_that_answers_nonsense_is_an_error_at_the_source() {
             "{answer:?}: {error:?}"
         );
         // What the target holds is unknown now, so differences cannot be told.
-        let again = source.changed_pass(&mut ours, &Default::default());
+        let again = source.changed_pass(&mut ours);
         assert!(matches!(again, Err(SourceError::FirstPassNeeded)));
         drop(ours);
         reading.join().unwrap().unwrap();

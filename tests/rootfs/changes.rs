@@ -1,14 +1,12 @@
 //! What changes at the source between and during passes.
 
-use crate::harness::{Dice, StopOnDrop, Trees, age, file_id, private_mounts, set_xattr};
+use crate::harness::{Dice, StopOnDrop, Trees, age, private_mounts, set_xattr};
+use crate::holder::Program;
 use crate::kinds::make_everything;
 use nix::mount::{MsFlags, mount};
-use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
-use std::path::Path;
-use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -207,7 +205,7 @@ fn a_write_still_under_way_when_the_file_was_read_is_found() {
     let mut in_time = false;
     while !in_time {
         // A mapping that no set names stands for a long write(2): stamped at its first store, not at the next.
-        let mut mapping = SharedMapping::new(&trees, &path);
+        let mut mapping = Program::compile(&trees).start("map", &[&path]);
         let start = Instant::now();
         mapping.store(1, 1);
         std::thread::sleep(Duration::from_millis(200));
@@ -227,96 +225,6 @@ fn a_write_still_under_way_when_the_file_was_read_is_found() {
         link.finish();
     }
     trees.assert_same();
-}
-
-#[test]
-fn stores_through_a_shared_mapping_are_found_by_the_always_set() {
-    let trees = Trees::new();
-    // On a disk, writeback at a random moment makes the next store show in the times; in tmpfs none does.
-    private_mounts();
-    mount(
-        Some("tmpfs"),
-        &trees.source,
-        Some("tmpfs"),
-        MsFlags::empty(),
-        Some("mode=755"),
-    )
-    .unwrap();
-    let path = trees.source.join("mapped");
-    fs::write(&path, Dice(4).bytes(1 << 20)).unwrap();
-    let mut mapping = SharedMapping::new(&trees, &path);
-    // The page is dirty and writable from here on: later stores leave no trace in the times.
-    mapping.store(5000, 1);
-    std::thread::sleep(Duration::from_millis(2100));
-    let always = BTreeSet::from([file_id(&path)]);
-    let mut link = trees.connect();
-    link.first();
-    let stamps = || {
-        let meta = fs::metadata(&path).unwrap();
-        (
-            meta.mtime(),
-            meta.mtime_nsec(),
-            meta.ctime(),
-            meta.ctime_nsec(),
-        )
-    };
-    let before = stamps();
-    mapping.store(5001, 2);
-    assert_eq!(
-        before,
-        stamps(),
-        "the store was expected to leave the times alone"
-    );
-    let summary = link.changed_with(&always);
-    assert_eq!(summary.data_bytes, 262_144, "{summary:?}");
-    trees.assert_same();
-    // Once mapped, compared in every pass: the mapping may end after a store.
-    mapping.store(5002, 3);
-    mapping.end();
-    assert_eq!(before, stamps());
-    link.changed();
-    link.finish();
-    trees.assert_same();
-}
-
-/// A process that maps a file shared and writable.
-struct SharedMapping {
-    child: Child,
-    answers: BufReader<ChildStdout>,
-}
-
-impl SharedMapping {
-    fn new(trees: &Trees, path: &Path) -> SharedMapping {
-        let program = trees.home.path().join("shared_map");
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/rootfs/shared_map.c");
-        let compiled = Command::new("cc")
-            .args(["-o"])
-            .arg(&program)
-            .arg(source)
-            .status()
-            .unwrap();
-        assert!(compiled.success());
-        let mut child = Command::new(program)
-            .arg(path)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let answers = BufReader::new(child.stdout.take().unwrap());
-        SharedMapping { child, answers }
-    }
-
-    fn store(&mut self, offset: u64, value: u8) {
-        writeln!(self.child.stdin.as_mut().unwrap(), "{offset} {value}").unwrap();
-        let mut answer = String::new();
-        self.answers.read_line(&mut answer).unwrap();
-        assert_eq!(answer, "stored\n");
-    }
-
-    fn end(mut self) {
-        drop(self.child.stdin.take());
-        assert!(self.child.wait().unwrap().success());
-    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A pair of trees with both ends between them, and a full comparison of the two.
 
-use migrate::source::rootfs::{FileId, RootfsSource, SourceError, Summary};
+use migrate::source::rootfs::{ListTasks, RootfsSource, SourceError, Summary};
 use migrate::target::rootfs::{Limits, RootfsTarget, TargetError};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -46,6 +46,11 @@ impl Trees {
         Link::new(&self.source, &self.target, ROOMY)
     }
 
+    /// With processes that may write to the source.
+    pub fn connect_with(&self, tasks: ListTasks) -> Link {
+        Link::with_tasks(&self.source, &self.target, ROOMY, tasks)
+    }
+
     #[track_caller]
     pub fn assert_same(&self) {
         assert_same(&self.source, &self.target);
@@ -72,10 +77,15 @@ pub struct Link {
 
 impl Link {
     pub fn new(source: &Path, target: &Path, limits: Limits) -> Link {
+        Link::with_tasks(source, target, limits, Box::new(|| Ok(Vec::new())))
+    }
+
+    /// With processes that may write to the source.
+    pub fn with_tasks(source: &Path, target: &Path, limits: Limits, tasks: ListTasks) -> Link {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let mut receiver = RootfsTarget::new(target, limits).unwrap();
         Link {
-            source: RootfsSource::new(source).unwrap(),
+            source: RootfsSource::new(source, tasks).unwrap(),
             stream: ours,
             target: std::thread::spawn(move || receiver.serve(&mut theirs)),
         }
@@ -87,17 +97,17 @@ impl Link {
     }
 
     pub fn try_first(&mut self) -> Result<Summary, SourceError> {
-        self.source.first_pass(&mut self.stream, &BTreeSet::new())
+        self.source.first_pass(&mut self.stream)
     }
 
     #[track_caller]
     pub fn changed(&mut self) -> Summary {
-        self.changed_with(&BTreeSet::new())
+        self.source.changed_pass(&mut self.stream).unwrap()
     }
 
     #[track_caller]
-    pub fn changed_with(&mut self, always: &BTreeSet<FileId>) -> Summary {
-        self.source.changed_pass(&mut self.stream, always).unwrap()
+    pub fn last(&mut self) -> Summary {
+        self.source.last_pass(&mut self.stream).unwrap()
     }
 
     /// Ends the transfer without complaint from either end.
@@ -253,14 +263,6 @@ pub fn extents(path: &Path) -> Vec<(u64, u64)> {
         found.push((data, at));
     }
     found
-}
-
-pub fn file_id(path: &Path) -> FileId {
-    let meta = fs::metadata(path).unwrap();
-    FileId {
-        device: meta.dev(),
-        inode: meta.ino(),
-    }
 }
 
 /// Sets the modification time `seconds_ago`, with odd nanoseconds; of a symlink its own.

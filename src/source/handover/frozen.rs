@@ -22,14 +22,13 @@ use crate::runtime::{FreezeError, Task};
 use crate::source::going_on::{traced_by, tracer_of};
 use crate::source::preflight;
 use crate::source::residue::{residue, take_lazy};
-use crate::source::rootfs::FileId;
 use crate::source::send::{FrameSink, PagesToSend, Progress, Sender};
 use crate::source::tracker::{Bystander, Motion, SpaceScan, Tracker, TrackerKind};
 use crate::source::watch::{Change, VISIT_PATIENCE};
 use crate::source::writers::{self, Look};
 use crate::wire::message::{ImageFile, Manifest, SpaceOwner};
 use crate::wire::path::RelativePath;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -161,9 +160,7 @@ impl<S: FrameSink> Handover<'_, S> {
         }
         self.nothing_is_under_way(&tasks)?;
         if let Some(rootfs) = &mut self.rootfs {
-            rootfs
-                .begin_pass(mapped_files(&self.scans))
-                .map_err(|error| text(&error))?;
+            rootfs.begin_last_pass().map_err(|error| text(&error))?;
         }
         if !side_by_side {
             let claims: Vec<Claim> = self.scans.iter().map(claim).collect();
@@ -479,23 +476,6 @@ fn claim(scan: &SpaceScan) -> Claim {
         vpid: scan.vpid,
         areas: scan.vmas.iter().map(|vma| vma.range).collect(),
     }
-}
-
-/// Files that tasks can change without a trace in their times.
-pub fn mapped_files(scans: &[SpaceScan]) -> BTreeSet<FileId> {
-    let vmas = scans.iter().flat_map(|scan| &scan.vmas);
-    vmas.filter(|vma| vma.shared && vma.writable)
-        .filter_map(|vma| match vma.kind {
-            VmaKind::File {
-                dev: (major, minor),
-                inode,
-            } => Some(FileId {
-                device: libc::makedev(major, minor),
-                inode,
-            }),
-            _ => None,
-        })
-        .collect()
 }
 
 fn owner(space: SpaceId, vpid: i32) -> SpaceOwner {

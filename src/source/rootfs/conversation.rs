@@ -33,6 +33,15 @@ pub enum SourceError {
     /// All extended attributes of one entry together are too large.
     #[error("{0:?} has more than 4 MiB of extended attributes")]
     XattrsTooLarge(PathBuf),
+    /// The container's tasks could not be looked at.
+    #[error("looking at the files that the container's processes have open")]
+    Tasks(#[source] std::io::Error),
+    /// Leases could not be looked up.
+    #[error("looking at the leases on files")]
+    Leases(#[source] std::io::Error),
+    /// To open the file would break a lease, and the descriptor that it was taken with is for writing only.
+    #[error("{0:?} is under a lease by a descriptor that cannot read: give the lease up first")]
+    Leased(PathBuf),
     /// Writing to the target failed.
     #[error("sending the rootfs")]
     Send(#[source] std::io::Error),

@@ -1,15 +1,17 @@
 //! Sending one regular file: a read of its data chunks, of which only those the target lacks travel.
 
-use super::Pass;
 use super::conversation::SourceError;
 use super::known::Held;
+use super::leases::Access;
 use super::scan::Stamp;
+use super::tree::{FoundFile, shown};
+use super::{Pass, RootfsSource};
 use crate::kernel::sparse_file::{Chunk, ChunkReader};
 use crate::wire::rootfs::{
     CHUNK, ChunkDigest, ContentHash, Entry, Kind, Placement, ToTarget, TreePath,
 };
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 /// Where the content of the target's file comes from.
 enum Base {
@@ -19,6 +21,13 @@ enum Base {
     Held(Held),
     /// A file left by an earlier attempt.
     LeftThere,
+}
+
+/// A file open for reading.
+struct Opened {
+    file: OwnedFd,
+    /// Its position is not shared with a process of the container.
+    is_ours: bool,
 }
 
 impl<S: Read + Write> Pass<'_, S> {
@@ -38,7 +47,7 @@ impl<S: Read + Write> Pass<'_, S> {
         if scanned.mount_point {
             return self.send_mounted_file(path, scanned);
         }
-        let Some((file, stamp)) = self.source.tree.open_regular(path)? else {
+        let Some((found, stamp)) = self.source.tree.find_regular(path)? else {
             self.summary.skipped += 1;
             return Ok(());
         };
@@ -46,6 +55,7 @@ impl<S: Read + Write> Pass<'_, S> {
             self.summary.skipped += 1;
             return Ok(());
         }
+        let content = self.open(path, &found, &stamp)?;
         let known = &self.source.known;
         let (base, before) = if let Some(held) = known.held_as(&stamp) {
             (Base::Held(held), known.chunks_of(held).to_vec())
@@ -71,7 +81,7 @@ impl<S: Read + Write> Pass<'_, S> {
         // Of a file whose stamp is the one already sent, only the content may differ, if anything does.
         let same_stamp = matches!(base, Base::Held(held)
             if *self.source.known.stamp_of(held) == stamp && !self.source.known.is_racy(held));
-        let chunks = self.send_content(file.as_fd(), entry, !same_stamp, &before)?;
+        let chunks = self.send_content(&content, entry, !same_stamp, &before)?;
 
         let held = match base {
             Base::Held(held) => held,
@@ -85,6 +95,31 @@ impl<S: Read + Write> Pass<'_, S> {
             .known
             .set_content(held, stamp, racy, compare, chunks);
         Ok(())
+    }
+
+    /// Opens a file without a sign to those who have it open.
+    fn open(
+        &mut self,
+        path: &TreePath,
+        found: &FoundFile,
+        stamp: &Stamp,
+    ) -> Result<Opened, SourceError> {
+        let RootfsSource { leases, tasks, .. } = &mut *self.source;
+        match leases.access(stamp.id, tasks) {
+            Ok(Access::Free) => match found.open() {
+                Ok(file) => Ok(Opened {
+                    file,
+                    is_ours: true,
+                }),
+                Err(errno) => Err(SourceError::tree("opening", path.as_bytes(), errno)),
+            },
+            Ok(Access::Through(file)) => Ok(Opened {
+                file,
+                is_ours: false,
+            }),
+            Ok(Access::Unreadable) => Err(SourceError::Leased(shown(path.as_bytes()))),
+            Err(error) => Err(SourceError::Leases(error)),
+        }
     }
 
     /// A file that is mounted over: the place alone, an empty file.
@@ -106,7 +141,7 @@ impl<S: Read + Write> Pass<'_, S> {
     /// need not be sent. Returns what the target holds then.
     fn send_content(
         &mut self,
-        file: BorrowedFd<'_>,
+        file: &Opened,
         entry: Entry,
         entry_differs: bool,
         before: &[ChunkDigest],
@@ -123,7 +158,7 @@ impl<S: Read + Write> Pass<'_, S> {
 
     fn send_chunks(
         &mut self,
-        file: BorrowedFd<'_>,
+        file: &Opened,
         entry: Entry,
         entry_differs: bool,
         before: &[ChunkDigest],
@@ -131,7 +166,10 @@ impl<S: Read + Write> Pass<'_, S> {
         buffer: &mut [u8],
     ) -> Result<Vec<ChunkDigest>, SourceError> {
         let path = entry.path.clone();
-        let mut reader = ChunkReader::new(file, size);
+        let mut reader = match file.is_ours {
+            true => ChunkReader::new(file.file.as_fd(), size),
+            false => ChunkReader::without_seeking(file.file.as_fd(), size),
+        };
         let mut content = Content {
             pass: self,
             entry: Some(entry),

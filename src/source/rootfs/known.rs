@@ -2,8 +2,9 @@
 //! each file held when it was sent.
 
 use super::scan::{FileId, FileType, Stamp};
+use super::writers::Writers;
 use crate::wire::rootfs::{ChunkDigest, Timestamp, TreePath};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;
 
 /// A file (any inode that is not a directory) at the target. Numbers are never reused.
@@ -53,12 +54,7 @@ impl Known {
     }
 
     /// Notes that the scan saw `path` with `stamp`, and says whether the target has it just so.
-    pub(super) fn is_settled(
-        &mut self,
-        path: &[u8],
-        stamp: &Stamp,
-        mapped: &BTreeSet<FileId>,
-    ) -> bool {
+    pub(super) fn is_settled(&mut self, path: &[u8], stamp: &Stamp, writers: &Writers) -> bool {
         if stamp.file_type != FileType::Directory
             && let Some(file) = self
                 .by_id
@@ -78,7 +74,7 @@ impl Known {
                     && file.stamp == *stamp
                     && !file.racy
                     && !file.compare
-                    && (stamp.file_type != FileType::Regular || !mapped.contains(&stamp.id))
+                    && (stamp.file_type != FileType::Regular || !writers.may_write(&stamp.id))
             }),
         }
     }

@@ -8,26 +8,28 @@
 //! ```text
 //! first_pass     the picture is empty                                    container runs
 //! changed_pass   differences only, as often as wanted                    container runs
-//! changed_pass   the last one: afterwards both trees are the same        container frozen
+//! last_pass      differences only: afterwards both trees are the same    container frozen
 //! finish
 //!
-//! a pass:  scan → directories → links of known files to new names → removals → files → directory times
+//! a pass:  look at the tasks (not the last) → scan → directories → links of known files to new names → removals → files → directory times
 //! ```
 //!
 //! Nothing is trusted to stand still: directories are opened beneath the root without following links or
 //! entering mounts, and a file is opened for reading only after its inode was seen to be a regular file
-//! (opening a device node that took its place could do harm). A file that changes while it is read is
+//! (opening a device node that took its place could do harm) that nobody has a lease on. A file that changes while it is read is
 //! sent torn, and comes again in the next pass, because what is remembered of it is what was seen *before*
 //! it was read.
 
 mod conversation;
 mod files;
 mod known;
+mod leases;
 mod scan;
 mod tree;
+mod writers;
 
 pub use conversation::SourceError;
-pub use scan::FileId;
+pub use writers::ListTasks;
 
 use crate::wire::rootfs::{
     CHUNK, ChunkDigest, Counts, Entry, MAX_QUERY, Placement, Timestamp, ToSource, ToTarget,
@@ -35,6 +37,7 @@ use crate::wire::rootfs::{
 };
 use conversation::Conversation;
 use known::{Held, Known};
+use leases::Leases;
 use rustix::time::{ClockId, clock_gettime};
 use scan::{FileType, Found, Stamp};
 use std::collections::hash_map::RandomState;
@@ -43,14 +46,14 @@ use std::hash::BuildHasher;
 use std::io::{Read, Write};
 use std::path::Path;
 use tree::SourceTree;
+use writers::Writers;
 
 /// A change this close before the pass may share its timestamp with a later one: the kernel stamps files
 /// from a clock that ticks every 1 to 10 ms (`current_time`, fs/inode.c). Twice that for comfort.
 const CLOCK_TICK_NS: i128 = 20_000_000;
 
-/// A regular file changed this shortly before the pass is compared by content in the next one. write(2)
-/// stamps the file once, when it begins, and may still be copying when the file is read; so does the first
-/// store to a shared mapping. Only one write call of more than this, over old bytes, would be missed.
+/// A regular file changed this shortly before the pass is compared by content in the next one, for writes under
+/// way that the look at the tasks could not see (see [`writers`]).
 const WRITE_IN_PROGRESS_NS: i128 = 2_000_000_000;
 
 /// The source end of one rootfs transfer. Needs root (other owners' files, `trusted.*` attributes,
@@ -60,9 +63,10 @@ pub struct RootfsSource {
     known: Known,
     /// Whether `known` is what the target holds: not before a first pass, nor after a failure.
     in_step: bool,
-    /// Files that were mapped shared and writable at some pass: their content can change without a trace
-    /// for as long as a page of theirs stays dirty, so they are compared in every later pass.
-    mapped: BTreeSet<FileId>,
+    tasks: ListTasks,
+    /// Files whose content could change without a trace at some pass: they are compared in every later one.
+    writers: Writers,
+    leases: Leases,
     seed: u64,
     buffer: Vec<u8>,
 }
@@ -88,46 +92,41 @@ pub struct Summary {
 }
 
 impl RootfsSource {
-    /// Opens the tree at `root`, which is read but never written.
-    pub fn new(root: &Path) -> Result<RootfsSource, SourceError> {
+    /// Opens the tree at `root`, which is read but never written. `tasks` lists the processes that may write to it.
+    pub fn new(root: &Path, tasks: ListTasks) -> Result<RootfsSource, SourceError> {
+        let tree = SourceTree::open(root)?;
         Ok(RootfsSource {
-            tree: SourceTree::open(root)?,
+            writers: Writers::of(tree.root()),
+            tree,
             known: Known::default(),
             in_step: false,
-            mapped: BTreeSet::new(),
+            tasks,
+            leases: Leases::default(),
             seed: 0,
             buffer: vec![0; CHUNK],
         })
     }
 
-    /// Sends the whole tree while the container runs. `mapped` are the files that tasks of the container
-    /// map shared and writable, gathered just before the call.
-    pub fn first_pass<S: Read + Write>(
-        &mut self,
-        stream: &mut S,
-        mapped: &BTreeSet<FileId>,
-    ) -> Result<Summary, SourceError> {
+    /// Sends the whole tree while the container runs.
+    pub fn first_pass<S: Read + Write>(&mut self, stream: &mut S) -> Result<Summary, SourceError> {
         self.known = Known::default();
         // RandomState is seeded by the kernel's random numbers.
         self.seed = RandomState::new().hash_one(0);
-        self.pass(stream, mapped, true)
+        self.pass(stream, PassKind::First)
     }
 
-    /// Sends what changed since the last pass: deletions, new and changed files, metadata. Once this
-    /// returns `Ok` from a pass during which nothing could write to the tree (the container frozen), the
-    /// target's tree is the same as this one.
-    ///
-    /// `always` are the files that tasks of the container map shared and writable, gathered just before
-    /// the call; they are compared by content in this and every later pass.
+    /// Sends what changed since the last pass: deletions, new and changed files, metadata.
     pub fn changed_pass<S: Read + Write>(
         &mut self,
         stream: &mut S,
-        always: &BTreeSet<FileId>,
     ) -> Result<Summary, SourceError> {
-        if !self.in_step {
-            return Err(SourceError::FirstPassNeeded);
-        }
-        self.pass(stream, always, false)
+        self.pass(stream, PassKind::Changed)
+    }
+
+    /// The same while nothing can write to the tree (the container is frozen). Once it returns `Ok`, the target's tree
+    /// is the same as this one.
+    pub fn last_pass<S: Read + Write>(&mut self, stream: &mut S) -> Result<Summary, SourceError> {
+        self.pass(stream, PassKind::Last)
     }
 
     /// Tells the target that no more passes follow.
@@ -140,21 +139,27 @@ impl RootfsSource {
     fn pass<S: Read + Write>(
         &mut self,
         stream: &mut S,
-        mapped: &BTreeSet<FileId>,
-        first: bool,
+        kind: PassKind,
     ) -> Result<Summary, SourceError> {
+        if kind != PassKind::First && !self.in_step {
+            return Err(SourceError::FirstPassNeeded);
+        }
         self.in_step = false;
-        self.mapped.extend(mapped);
+        let started_ns = now_ns();
+        if kind != PassKind::Last {
+            let looked = self.writers.look(&self.tasks);
+            looked.map_err(SourceError::Tasks)?;
+        }
         self.known.begin_pass();
         self.tree.leave();
         let mut pass = Pass {
             source: self,
             target: Conversation::new(stream),
-            started_ns: now_ns(),
+            started_ns,
             summary: Summary::default(),
             touched: BTreeSet::new(),
         };
-        let target_is_empty = pass.begin(first)?;
+        let target_is_empty = pass.begin(kind == PassKind::First)?;
         let found = pass.scan()?;
         pass.send_directories(&found)?;
         pass.link_known_files(&found)?;
@@ -171,10 +176,18 @@ impl RootfsSource {
     }
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum PassKind {
+    First,
+    Changed,
+    Last,
+}
+
 /// One pass under way.
 struct Pass<'p, S> {
     source: &'p mut RootfsSource,
     target: Conversation<'p, S>,
+    /// Before the look at the tasks.
     started_ns: i128,
     summary: Summary,
     /// Directories whose mtime at the target was disturbed or is new.
@@ -202,12 +215,12 @@ impl<S: Read + Write> Pass<'_, S> {
         let RootfsSource {
             tree,
             known,
-            mapped,
+            writers,
             ..
         } = &mut *self.source;
         let mut changed = Vec::new();
         self.summary.entries = tree.walk(|path, stamp| {
-            if !known.is_settled(path, stamp, mapped) {
+            if !known.is_settled(path, stamp, writers) {
                 changed.push(Found {
                     path: TreePath::parse(path)?,
                     stamp: *stamp,
@@ -216,7 +229,7 @@ impl<S: Read + Write> Pass<'_, S> {
             Ok(())
         })?;
         let root = tree.root_stamp()?;
-        if !known.is_settled(b"", &root, mapped) {
+        if !known.is_settled(b"", &root, writers) {
             changed.insert(
                 0,
                 Found {

@@ -4,7 +4,8 @@ use super::conversation::SourceError;
 use super::tree::{DIRECTORY, SourceTree, gone};
 use crate::wire::rootfs::{Owner, Timestamp, TreePath};
 use rustix::fs::{
-    AtFlags, OFlags, RawDir, Statx, StatxAttributes, StatxFlags, StatxTimestamp, makedev, statx,
+    AtFlags, CWD, OFlags, RawDir, Statx, StatxAttributes, StatxFlags, StatxTimestamp, makedev,
+    statx,
 };
 use rustix::io::Errno;
 use std::ffi::CStr;
@@ -65,6 +66,16 @@ impl Stamp {
     ) -> Result<Stamp, Errno> {
         let flags = flags | AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
         Stamp::new(&statx(directory, name, flags, StatxFlags::BASIC_STATS)?)
+    }
+
+    /// The stamp of what a link of /proc leads to; nothing is opened.
+    pub(super) fn followed(link: impl rustix::path::Arg) -> Result<Stamp, Errno> {
+        Stamp::new(&statx(
+            CWD,
+            link,
+            AtFlags::NO_AUTOMOUNT,
+            StatxFlags::BASIC_STATS,
+        )?)
     }
 
     fn new(stat: &Statx) -> Result<Stamp, Errno> {

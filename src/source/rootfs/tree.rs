@@ -44,6 +44,10 @@ impl SourceTree {
         })
     }
 
+    pub(super) fn root(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
+    }
+
     pub(super) fn root_stamp(&self) -> Result<Stamp, SourceError> {
         Stamp::at(self.root.as_fd(), c"", AtFlags::EMPTY_PATH)
             // That the root itself is a mount (overlayfs) is no reason not to enter it.
@@ -121,12 +125,12 @@ impl SourceTree {
         Ok(Some(entry))
     }
 
-    /// Opens the regular file at `path` for reading, with its stamp from before the first read; `None` if
-    /// there is no regular file any more.
-    pub(super) fn open_regular(
+    /// The regular file at `path`, with its stamp from before the first read; `None` if there is no regular file any
+    /// more.
+    pub(super) fn find_regular(
         &mut self,
         path: &TreePath,
-    ) -> Result<Option<(OwnedFd, Stamp)>, SourceError> {
+    ) -> Result<Option<(FoundFile, Stamp)>, SourceError> {
         let failed = |action, errno| SourceError::tree(action, path.as_bytes(), errno);
         self.enter_parent(path.as_bytes())
             .map_err(|errno| failed("opening the parent of", errno))?;
@@ -140,20 +144,8 @@ impl SourceTree {
         };
         let stamp = Stamp::at(handle.as_fd(), c"", AtFlags::EMPTY_PATH)
             .map_err(|errno| failed("looking at", errno))?;
-        if stamp.file_type != FileType::Regular || stamp.mount_point {
-            return Ok(None);
-        }
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOATIME | OFlags::NONBLOCK;
-        let reopened = openat(
-            CWD,
-            format!("/proc/self/fd/{}", handle.as_raw_fd()),
-            flags,
-            Mode::empty(),
-        );
-        match reopened {
-            Ok(file) => Ok(Some((file, stamp))),
-            Err(errno) => Err(failed("opening", errno)),
-        }
+        let regular = stamp.file_type == FileType::Regular && !stamp.mount_point;
+        Ok(regular.then_some((FoundFile(handle), stamp)))
     }
 
     /// Leaves the parent directory of `path` (the root, for the root) in `self.parent`, or `None` there if
@@ -178,6 +170,18 @@ impl SourceTree {
     /// Forgets the directory used last. A new pass must look its path up anew: by now it may lead elsewhere.
     pub(super) fn leave(&mut self) {
         self.parent = None;
+    }
+}
+
+/// A regular file that was found and not opened.
+pub(super) struct FoundFile(OwnedFd);
+
+impl FoundFile {
+    /// Opens it for reading: this very inode, whatever bears its name by now.
+    pub(super) fn open(&self) -> Result<OwnedFd, Errno> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOATIME | OFlags::NONBLOCK;
+        let link = format!("/proc/self/fd/{}", self.0.as_raw_fd());
+        openat(CWD, link, flags, Mode::empty())
     }
 }
 
@@ -230,7 +234,7 @@ impl SourceError {
     }
 }
 
-fn shown(path: &[u8]) -> PathBuf {
+pub(super) fn shown(path: &[u8]) -> PathBuf {
     PathBuf::from(if path.is_empty() {
         OsStr::new("/")
     } else {
