@@ -16,6 +16,7 @@
 //!  private_mounts ── starts a program in a mount namespace of its own
 //!  userfaultfd_missing  fills missing pages of restored processes
 //!  ksm ───────────── whether the kernel merges equal pages
+//!  open_files ────── raises the limit of open files
 //!  readiness ─────── waits for a descriptor in async tasks
 //!  sparse_file ───── reads the data of a file and skips its holes
 //!  probe ─────────── what this kernel can do, found by trying   (scratch: memory to try it on)
@@ -32,6 +33,7 @@ pub mod interruption;
 pub mod ksm;
 pub mod loopback;
 pub mod maps;
+pub mod open_files;
 pub mod page_tables;
 pub mod pagemap;
 pub mod pidfd;

@@ -18,6 +18,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// What preflight found out about a container.
 #[derive(Debug)]
@@ -279,7 +280,7 @@ fn check_open_files(
 ) -> io::Result<()> {
     let mut reported = BTreeSet::new();
     for task in tasks.iter().filter(|task| !task.zombie) {
-        if living_thread(task.pid).is_ok_and(|thread| thread != task.pid) {
+        if goes_on_without_its_leader(task.pid) {
             refusals.push(format!(
                 "process {} in container {} goes on without its first thread, which CRIU cannot dump: end it first",
                 task.vpid, container.id
@@ -332,6 +333,22 @@ fn check_open_files(
     }
     Ok(())
 }
+
+/// Whether the first thread of a process has exited and others go on. A process whose threads are all about to exit looks so for a
+/// moment.
+fn goes_on_without_its_leader(pid: i32) -> bool {
+    let deadline = Instant::now() + EXITED_WITHIN;
+    while living_thread(pid).is_ok_and(|thread| thread != pid) {
+        if Instant::now() >= deadline {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    false
+}
+
+/// How long a process may take to exit.
+const EXITED_WITHIN: Duration = Duration::from_secs(2);
 
 /// CRIU reads the resource limits of every process by `prlimit`, which of another user's needs CAP_SYS_RESOURCE.
 fn check_limits(

@@ -25,7 +25,7 @@ use crate::migration::handoff::SourceEvent;
 use crate::migration::ledger::{self, Ledger, Pages};
 use crate::migration::mode::{Mode, Switch};
 use crate::migration::report::{Prediction, RoundReport, Tracker as TrackerName};
-use crate::wire::message::RoundEnd;
+use crate::wire::message::{MAX_SPACES, RoundEnd, SpacesEnded};
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -237,7 +237,24 @@ impl<S: FrameSink> Handover<'_, S> {
         let scans = tracker.scan(&tasks, Motion::Running)?;
         self.mapped_files = mapped_files(&scans);
         self.readers = scans.iter().map(|scan| (scan.space, scan.pid)).collect();
+        self.tell_ended()?;
         Ok(scans.into_iter().map(pages_of).collect())
+    }
+
+    /// Tells the target of the spaces that ended. Nothing of theirs is under way: every round sent was received.
+    fn tell_ended(&mut self) -> Result<(), RoundsError> {
+        let Some(sender) = &mut self.sender else {
+            return Ok(());
+        };
+        let ended = sender.forget_ended(&self.readers.keys().copied().collect());
+        for spaces in ended.chunks(MAX_SPACES) {
+            if let Some(link) = &mut self.link {
+                link.say(SpacesEnded {
+                    spaces: spaces.to_vec(),
+                })?;
+            }
+        }
+        Ok(())
     }
 
     fn to_send(&self, pages: Pages) -> Vec<PagesToSend> {

@@ -169,6 +169,14 @@ impl<S: FrameSink> Sender<S> {
         }
     }
 
+    /// Forgets the spaces that are not among the `living`; says which the target had pages of.
+    pub fn forget_ended(&mut self, living: &HashSet<SpaceId>) -> Vec<SpaceId> {
+        let ended = self.sent.extract_if(|space, _| !living.contains(space));
+        let mut ended: Vec<SpaceId> = ended.map(|(space, _)| space).collect();
+        ended.sort_unstable();
+        ended
+    }
+
     /// The pages of `space` that the target has some copy of.
     pub fn sent(&self, space: SpaceId) -> Option<&PageSet> {
         self.sent.get(&space)

@@ -86,7 +86,7 @@ pub use standby_link::StandbyError;
 pub use supply::{Heard, SupplyLine, SupplyMessage};
 pub use worker::WorkerError;
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use crate::kernel::open_files;
 use nix::sys::signal::{SigSet, Signal};
 use std::ffi::OsString;
 use std::io;
@@ -147,8 +147,7 @@ fn detach() -> Result<UnixStream, String> {
         }
         signals.thread_block()?;
         // A userfaultfd for every process, and one for every child: as many as the host allows.
-        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+        open_files::allow_most()?;
         // Best effort: lowering it needs a privilege that root in a container may lack.
         let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
         // A thread that panics must not leave the others serving half of the tasks: the process ends, the standby takes over.

@@ -200,7 +200,7 @@ fn source_dir(name: &str) -> PathBuf {
 
 /// Compiles every workload.
 pub(crate) fn compile_all() -> Result<()> {
-    ["memory-writer", "zoo", "redis", "file-mutator", "prefork"]
+    ["memory-writer", "zoo", "redis", "file-mutator", "prefork", "crowd"]
         .into_iter()
         .try_for_each(|name| compile(name).map(drop))
 }
