@@ -81,7 +81,6 @@ fn what_the_processes_of_a_prefork_server_share_crosses_once() -> Result<()> {
     Ok(())
 }
 
-/// More than the 1,024 descriptors of the usual limit; the wider test is by hand, with 2,000.
 #[test]
 fn hundreds_of_processes_move() -> Result<()> {
     let crowd = ["--sleepers=600", "--pages=2"];

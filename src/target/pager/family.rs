@@ -328,6 +328,7 @@ impl Family {
         if let Some(placed) = PageRange::from_start_len(run.now.start(), done) {
             let freed = member.wanted.ready.remove(placed);
             member.cursor = placed.end();
+            member.resume();
             self.free(&freed)?;
         }
         let Some(member) = self.members.get_mut(&id) else {

@@ -54,8 +54,13 @@
 //! circle until the page is there: the kernel (6.18 does; `FAULT_FLAG_INTERRUPTIBLE` is from 5.7) can neither interrupt such a
 //! call nor let it sleep again. It computes in vain, its cgroup may stay `FREEZING`, and no byte is wrong.
 //!
-//! A mapping with `MADV_WIPEONFORK` that is forked while its pages are missing shows the child those pages instead of zeros:
-//! the event does not say which mappings are wiped.
+//! A mapping that the process makes one of `MADV_WIPEONFORK` while its pages are missing, and then forks, shows the child those
+//! pages instead of zeros: no event tells. (What is one at the dump is never lazy.)
+//!
+//! Events of one userfaultfd come in the order in which the threads that caused them got to wait, which is after they let go of the
+//! address space. So if two threads change the same addresses at once (one unmaps what the kernel then gives to another's
+//! `mremap`, or one forks while another moves), and the first is held up in between for as long as the second takes, the pager
+//! learns of them the wrong way round. Nothing the kernel offers tells.
 
 mod adoption;
 mod channel;

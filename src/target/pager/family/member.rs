@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 /// a fault waits until the chunk under way is placed.
 pub(super) const SMALL_CHUNK: u64 = 4;
 
-/// How long to let CRIU restore before a range that was not registered yet is tried again.
+/// How long to let CRIU restore before a range that was not registered yet is tried again: at first, and at most. A container of
+/// thousands of processes takes its time, and to try all of them again and again takes the processors from CRIU.
 const REGISTRATION_RETRY: Duration = Duration::from_millis(1);
+const REGISTRATION_RETRY_MOST: Duration = Duration::from_millis(50);
 
 /// How long, after the restore, a page may belong where nothing is registered before that is an error.
 ///
@@ -47,6 +49,8 @@ pub(in crate::target::pager) struct Member {
     pub(super) waiting: BTreeSet<PageNumber>,
     /// Nothing is tried for this member before then.
     pub retry_at: Option<Instant>,
+    /// The next pause for want of a registered range.
+    pub(super) pause: Duration,
     /// A fork made it: it has no copy of mappings that its parent kept to itself (`MADV_DONTFORK`), of which no event tells.
     pub(super) forked: bool,
     /// Since when pages belong where nothing is registered, although no change said so.
@@ -66,6 +70,7 @@ impl Member {
             faults: VecDeque::new(),
             waiting: BTreeSet::new(),
             retry_at: None,
+            pause: REGISTRATION_RETRY,
             forked: false,
             unexplained: None,
             closing: false,
@@ -140,13 +145,23 @@ impl Member {
         }
         if !self.hot.is_empty() {
             self.hot.rotate_left(1);
-            self.retry_at = Some(Instant::now() + REGISTRATION_RETRY);
-            return;
+            return self.pause();
         }
         self.cursor = end;
         if self.wanted.ready.next_from(end).is_none() {
-            self.retry_at = Some(Instant::now() + REGISTRATION_RETRY);
+            self.pause();
         }
+    }
+
+    fn pause(&mut self) {
+        self.retry_at = Some(Instant::now() + self.pause);
+        self.pause = (self.pause * 2).min(REGISTRATION_RETRY_MOST);
+    }
+
+    /// Something was placed, or can be: what could not be is tried again soon.
+    pub(in crate::target::pager) fn resume(&mut self) {
+        self.retry_at = None;
+        self.pause = REGISTRATION_RETRY;
     }
 
     /// Places `data` at `to` on, leaving pages of zeros out: they read as zero once nothing is pending there. Says for how
