@@ -82,6 +82,20 @@ fn what_the_processes_of_a_prefork_server_share_crosses_once() -> Result<()> {
 }
 
 #[test]
+fn hundreds_of_processes_move() -> Result<()> {
+    let crowd = ["--sleepers=600", "--pages=2"];
+    move_once(&Workload::new("crowd", crowd)).map(drop)
+}
+
+/// Each is a space of its own for a few rounds. Over a slow link there were more of them than the target's store takes.
+#[test]
+fn processes_that_live_for_a_moment_leave_nothing_in_the_page_store() -> Result<()> {
+    let crowd = ["--forks-per-s=200", "--lives-ms=100", "--heap-mib=4"];
+    let options = ["--mode=pre-copy", "--bandwidth-limit=60M", "--compress=none"];
+    move_once_with(&Workload::new("crowd", crowd), &options).map(drop)
+}
+
+#[test]
 fn files_that_change_during_the_rounds_arrive_as_they_are_at_the_freeze() -> Result<()> {
     move_once(&Workload::file_mutator()).map(drop)
 }

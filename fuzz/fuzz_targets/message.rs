@@ -8,7 +8,7 @@ use migrate::wire::message::{
     Abort, Accepted, Arch, Begin, CgroupVersion, Commit, Committed, CriuVersion, Fate, Filled,
     HEADER_LEN, Header, ImageFile, MAX_BODY, Manifest, Message, Outcome, PeerText, Prepared,
     Prestart, Query, Refusal, Refused, Requirements, RolledBack, RootfsMode, RoundEnd,
-    RoundReceived, SpaceOwner, StdStream,
+    RoundReceived, SpaceOwner, SpacesEnded, StdStream,
 };
 use migrate::wire::peer_error::PeerError;
 use migrate_fuzz::write_seeds;
@@ -63,6 +63,10 @@ fn messages() -> Vec<Message> {
             round: 1,
             pages: 512,
             frames_per_stream: vec![1, 2],
+        }
+        .into(),
+        SpacesEnded {
+            spaces: vec![SpaceId(7)],
         }
         .into(),
         Prestart {

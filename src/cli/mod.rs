@@ -25,6 +25,8 @@ pub use exit::Exit;
 pub use plan::{AgentPlan, CheckPlan, HookPlan, LogFormat, MovePlan, Plan, TrustChange, TrustPlan};
 pub use summary::summary;
 
+use crate::kernel::open_files;
+use anyhow::Context;
 use std::process::ExitCode;
 
 /// Does what was asked and says how the program ends. An error is for the caller to print; it ends the program
@@ -34,6 +36,7 @@ use std::process::ExitCode;
 /// If the command could not be done at all.
 pub fn run(plan: Plan) -> anyhow::Result<ExitCode> {
     let mut out = std::io::stdout();
+    open_files::allow_most().context("cannot raise the limit of open files")?;
     match plan {
         Plan::Identity { state_dir } => trust::identity(&state_dir, &mut out)?,
         Plan::Trust(plan) => match trust::trust(&plan, &mut out) {

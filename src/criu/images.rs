@@ -175,7 +175,8 @@ pub struct Mappings {
 pub struct MappedArea {
     /// Its pages.
     pub range: PageRange,
-    /// Whether CRIU restores it through userfaultfd when told to be lazy.
+    /// Whether its pages may come through userfaultfd, after the process runs again: CRIU restores it so when told to be lazy, and a
+    /// fork meanwhile does to them what the mapping says.
     pub lazy: bool,
 }
 
@@ -197,7 +198,7 @@ impl Mappings {
             let range = PageRange::from_addrs(VirtAddr(vma.start), VirtAddr(vma.end)).ok_or(bad)?;
             vmas.push(MappedArea {
                 range,
-                lazy: vma.can_be_lazy(),
+                lazy: vma.can_be_lazy() && !vma.is_wiped_on_fork(),
             });
         }
         vmas.sort_by_key(|vma| vma.range);
@@ -364,6 +365,8 @@ struct VmaMessage {
     flags: u32,
     #[prost(uint32, required, tag = "7")]
     status: u32,
+    #[prost(uint64, optional, tag = "9")]
+    madv: Option<u64>,
 }
 
 const VMA_AREA_VSYSCALL: u32 = 1 << 2;
@@ -381,6 +384,13 @@ impl VmaMessage {
             && !has(libc::MAP_HUGETLB)
             && self.status & (VMA_AREA_VDSO | VMA_AREA_VVAR | VMA_AREA_VSYSCALL) == 0
     }
+
+    /// A child sees zeros there (`MADV_WIPEONFORK`), where libraries of cryptography look whether they were forked. Pages that are
+    /// missing at a fork are missing in the child too, and the event does not say that they must stay so.
+    fn is_wiped_on_fork(&self) -> bool {
+        let wiped = 1 << libc::MADV_WIPEONFORK;
+        self.madv.unwrap_or_default() & wiped != 0
+    }
 }
 
 /// An `mm-*.img` with anonymous private mappings of these ranges; locked ones are not restored lazily.
@@ -394,6 +404,7 @@ pub(crate) fn mm_image(areas: &[(PageRange, bool)]) -> Vec<u8> {
             | if locked { libc::MAP_LOCKED } else { 0 })
         .cast_unsigned(),
         status: 1,
+        madv: None,
     };
     let mut bytes = header(MM_MAGIC);
     push_record(
@@ -428,6 +439,27 @@ mod tests {
             ],
         };
         assert_eq!(Pagemap::parse(&pagemap.to_bytes()), Ok(pagemap));
+    }
+
+    #[test]
+    fn what_a_child_must_not_see_is_there_before_the_process_runs() {
+        let vma = |start, madv| VmaMessage {
+            start,
+            end: start + 0x2000,
+            flags: (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS).cast_unsigned(),
+            status: 1,
+            madv,
+        };
+        let vmas = vec![
+            vma(0x10000, None),
+            vma(0x20000, Some(1 << libc::MADV_DONTDUMP)),
+            vma(0x30000, Some(1 << libc::MADV_WIPEONFORK)),
+        ];
+        let mut bytes = header(MM_MAGIC);
+        push_record(&mut bytes, &MmMessage { vmas });
+        let mappings = Mappings::parse(&bytes).unwrap();
+        let lazy: Vec<bool> = mappings.vmas.iter().map(|vma| vma.lazy).collect();
+        assert_eq!(lazy, [true, true, false]);
     }
 
     #[test]

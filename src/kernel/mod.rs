@@ -17,6 +17,7 @@
 //!  userfaultfd_missing  fills missing pages of restored processes
 //!  file_table ────── whether threads share their descriptors
 //!  ksm ───────────── whether the kernel merges equal pages
+//!  open_files ────── raises the limit of open files
 //!  readiness ─────── waits for a descriptor in async tasks
 //!  sparse_file ───── reads the data of a file and skips its holes
 //!  probe ─────────── what this kernel can do, found by trying   (scratch: memory to try it on)
@@ -33,6 +34,7 @@ pub mod inject;
 pub mod ksm;
 pub mod loopback;
 pub mod maps;
+pub mod open_files;
 pub mod page_tables;
 pub mod pagemap;
 pub mod pidfd;

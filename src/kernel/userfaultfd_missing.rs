@@ -48,13 +48,13 @@ pub enum Placed {
     /// So many pages, from the first on, are in place now; at least one. It may be fewer than asked for: the next
     /// attempt at the rest says why.
     Pages(u64),
-    /// The first page is there already (EEXIST). Nothing was placed and **nobody was woken**.
+    /// The first page is there already (EEXIST), and no event about it is unread. Nothing was placed and **nobody was woken**.
     Exists,
     /// The address space is being changed and an event about it waits to be read (EAGAIN). Read events, look the
     /// addresses up again, retry.
     Changing,
-    /// The range is not inside one registered mapping (ENOENT): not registered yet, never registered, or it spans
-    /// the end of a mapping.
+    /// The range is not inside one registered mapping (ENOENT), and no event about it is unread: it was not registered yet, was
+    /// never registered, or spans the end of a mapping.
     NotRegistered,
     /// The address space is gone: the process has exited or called exec (ESRCH; ENOSPC before Linux 4.13).
     Gone,
@@ -134,6 +134,10 @@ impl MissingUffd {
     ///
     /// `data` is a whole number of pages, at least one.
     pub fn copy(&self, to: PageNumber, data: &[u8]) -> Result<Placed, UffdError> {
+        believable(|| self.copy_once(to, data))
+    }
+
+    fn copy_once(&self, to: PageNumber, data: &[u8]) -> Result<Placed, UffdError> {
         debug_assert!(!data.is_empty() && (data.len() as u64).is_multiple_of(PAGE_SIZE));
         let dst = to.addr();
         // SAFETY: the kernel only reads `data.len()` bytes at `data`, which is borrowed for the call. `dst` is an
@@ -168,6 +172,10 @@ impl MissingUffd {
 
     /// Maps the zero page at `to`, waking whoever waits for it.
     pub fn zero(&self, to: PageNumber) -> Result<Placed, UffdError> {
+        believable(|| self.zero_once(to))
+    }
+
+    fn zero_once(&self, to: PageNumber) -> Result<Placed, UffdError> {
         let dst = to.addr();
         // SAFETY: as in `copy`: only a page that is not mapped is changed, in the address space of the userfaultfd.
         let zeroed = unsafe {
@@ -242,6 +250,28 @@ impl MissingUffd {
 impl AsFd for MissingUffd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.uffd.as_fd()
+    }
+}
+
+/// Asks until the kernel's answer says something about the address space that the caller knows.
+///
+/// The kernel counts the changes whose events were not read, and refuses to place pages (EAGAIN) while there are any. But it looks
+/// at the count before it looks for the mapping (since 6.9 also for longer, because the mapping is locked and not the address
+/// space), so a change in between makes the mapping of a moved page absent (ENOENT), or shows the page of another mapping that
+/// was moved over it (EEXIST). A change is counted before it can be seen, and until its event was read. So if the same is said
+/// a second time, and no event was read meanwhile, then nothing was uncounted when it was said first, and it was true of
+/// the address space as the events tell it. A success needs no such proof: it is counted and placed under one lock.
+fn believable(
+    mut place: impl FnMut() -> Result<Placed, UffdError>,
+) -> Result<Placed, UffdError> {
+    let mut before = None;
+    loop {
+        let placed = place()?;
+        let doubtful = matches!(placed, Placed::Exists | Placed::NotRegistered);
+        if !doubtful || before == Some(placed) {
+            return Ok(placed);
+        }
+        before = Some(placed);
     }
 }
 

@@ -59,6 +59,10 @@ impl Task {
             .find_map(|line| line.strip_prefix("NSpid:"))
             .and_then(|pids| pids.split_whitespace().next_back()?.parse().ok())
             .ok_or_else(malformed)?;
+        // It was reaped while its status was being written.
+        if vpid == 0 {
+            return Ok(None);
+        }
         Ok(Some(Task {
             pid,
             vpid,
@@ -119,7 +123,7 @@ fn collect_pids(cgroup: &Path, pids: &mut BTreeSet<i32>) -> io::Result<()> {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
             match collect_pids(&entry.path(), pids) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                Err(error) if !is_gone(&error) => return Err(error),
                 _ => {}
             }
         }
@@ -131,14 +135,16 @@ fn collect_pids(cgroup: &Path, pids: &mut BTreeSet<i32>) -> io::Result<()> {
 fn read(path: &Path) -> io::Result<Option<String>> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
-        Err(error)
-            if error.kind() == io::ErrorKind::NotFound
-                || error.raw_os_error() == Some(libc::ESRCH) =>
-        {
-            Ok(None)
-        }
+        Err(error) if is_gone(&error) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// Whether a file of a process or a cgroup could not be read because that has gone, before it was opened (ENOENT) or since (ESRCH,
+/// ENODEV).
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
+        || matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENODEV))
 }
 
 #[cfg(test)]

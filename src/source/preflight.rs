@@ -336,7 +336,7 @@ fn check_open_files(
 ) -> io::Result<()> {
     let mut reported = BTreeSet::new();
     for task in tasks.iter().filter(|task| !task.zombie) {
-        if living_thread(task.pid).is_ok_and(|thread| thread != task.pid) {
+        if goes_on_without_its_leader(task.pid) {
             refusals.push(format!(
                 "process {} in container {} goes on without its first thread, which CRIU cannot dump: end it first",
                 task.vpid, container.id
@@ -392,6 +392,29 @@ fn check_open_files(
     }
     Ok(())
 }
+
+/// Whether the first thread of a process has exited and others go on. A process whose threads are all about to exit looks so for a
+/// moment.
+fn goes_on_without_its_leader(pid: i32) -> bool {
+    stays_so(EXITED_WITHIN, || {
+        living_thread(pid).is_ok_and(|thread| thread != pid)
+    })
+}
+
+/// Whether it is so all the time until `patience` is over.
+fn stays_so(patience: Duration, so: impl Fn() -> bool) -> bool {
+    let start = Instant::now();
+    while so() {
+        if start.elapsed() >= patience {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    false
+}
+
+/// How long a process may take to exit.
+const EXITED_WITHIN: Duration = Duration::from_secs(2);
 
 /// CRIU reads the resource limits of every process by `prlimit`, which of another user's needs CAP_SYS_RESOURCE.
 fn check_limits(
@@ -519,4 +542,20 @@ fn tree_bytes(root: &Path) -> io::Result<u64> {
         }
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    #[test]
+    fn what_ends_in_time_does_not_stay_so() {
+        let looks = Cell::new(0);
+        let for_a_moment = || looks.replace(looks.get() + 1) < 3;
+        assert!(!stays_so(Duration::from_secs(60), for_a_moment));
+        assert_eq!(looks.get(), 4);
+        assert!(stays_so(Duration::ZERO, || true));
+        assert!(!stays_so(Duration::ZERO, || false));
+    }
 }

@@ -28,7 +28,7 @@ use crate::migration::ledger::{self, Ledger, Pages};
 use crate::migration::mode::{Mode, Switch};
 use crate::migration::report::{Prediction, RoundReport, Tracker as TrackerName};
 use crate::runtime::Task;
-use crate::wire::message::RoundEnd;
+use crate::wire::message::{MAX_SPACES, RoundEnd, SpacesEnded};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -295,6 +295,7 @@ impl<S: FrameSink> Handover<'_, S> {
         let scans = tracker.scan(&tasks, Motion::Running)?;
         self.look_for_writers(&scans, &tasks)?;
         self.readers = scans.iter().map(|scan| (scan.space, scan.pid)).collect();
+        self.tell_ended()?;
         Ok(scans.into_iter().map(pages_of).collect())
     }
 
@@ -303,7 +304,6 @@ impl<S: FrameSink> Handover<'_, S> {
         let Some(sender) = &mut self.sender else {
             return Ok(());
         };
-        sender.retain(|space| scans.iter().any(|scan| scan.space == space));
         let mut look = Look::at(&self.container.id);
         let mut worst = Doubt::None;
         for scan in scans {
@@ -315,6 +315,22 @@ impl<S: FrameSink> Handover<'_, S> {
         }
         if worst == Doubt::All {
             scans.iter().for_each(|scan| sender.doubt(scan.space));
+        }
+        Ok(())
+    }
+
+    /// Tells the target of the spaces that ended. Nothing of theirs is under way: every round sent was received.
+    fn tell_ended(&mut self) -> Result<(), RoundsError> {
+        let Some(sender) = &mut self.sender else {
+            return Ok(());
+        };
+        let ended = sender.forget_ended(&self.readers.keys().copied().collect());
+        for spaces in ended.chunks(MAX_SPACES) {
+            if let Some(link) = &mut self.link {
+                link.say(SpacesEnded {
+                    spaces: spaces.to_vec(),
+                })?;
+            }
         }
         Ok(())
     }

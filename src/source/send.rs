@@ -126,14 +126,6 @@ impl<S: FrameSink> Sender<S> {
         self.in_doubt.values().map(PageSet::pages).sum()
     }
 
-    /// Drops what is kept of doubtful spaces that are no more.
-    pub fn retain(&mut self, is_there: impl Fn(SpaceId) -> bool) {
-        self.in_doubt.retain(|space, _| is_there(*space));
-        for worker in &mut self.workers {
-            worker.retain(&is_there);
-        }
-    }
-
     /// Sends the pages and returns what that took. Pages that are gone by the time they are read are left out.
     pub fn send(&mut self, pages: &[PagesToSend], progress: &Progress) -> Result<Sent, SendError> {
         progress.pages.store(0, Ordering::Relaxed);
@@ -204,6 +196,18 @@ impl<S: FrameSink> Sender<S> {
                 copies.subtract(pages);
             }
         }
+    }
+
+    /// Forgets the spaces that are not among the `living`; says which the target had pages of.
+    pub fn forget_ended(&mut self, living: &HashSet<SpaceId>) -> Vec<SpaceId> {
+        self.in_doubt.retain(|space, _| living.contains(space));
+        for worker in &mut self.workers {
+            worker.retain(|space| living.contains(&space));
+        }
+        let ended = self.sent.extract_if(|space, _| !living.contains(space));
+        let mut ended: Vec<SpaceId> = ended.map(|(space, _)| space).collect();
+        ended.sort_unstable();
+        ended
     }
 
     /// The pages of `space` that the target has some copy of.

@@ -440,6 +440,10 @@ impl<'a> Arrival<'a> {
         }
         match self.pager.as_mut()?.next_event(Duration::ZERO) {
             Ok(None) => None,
+            Ok(Some(PagerEvent::Done(summary))) if !summary.is_whole() => {
+                self.miss_pages(&summary);
+                Some(TargetEvent::PagerLost)
+            }
             Ok(Some(PagerEvent::Done(summary))) => {
                 tracing::info!(?summary, "every page is in its place");
                 self.pager = None;
@@ -559,6 +563,13 @@ impl<'a> Arrival<'a> {
                 self.say(message::RoundReceived { round: end.round });
                 None
             }),
+            Message::SpacesEnded(ended) if self.course.state() == TargetState::Receiving => {
+                // What a forking container had once must not fill the store.
+                for space in ended.spaces {
+                    self.store.drop_space(space);
+                }
+                Ok(None)
+            }
             Message::Prestart(prestart) => self.prestart(&prestart).map(|()| None),
             Message::Manifest(manifest) => self
                 .everything_is_here(manifest)

@@ -392,8 +392,9 @@ impl PageStore {
             .unwrap_or_else(PoisonError::into_inner)
             .remove(&space);
         if let Some(space) = dropped {
-            self.data_pages
-                .fetch_sub(space.known().data.pages(), Ordering::Relaxed);
+            // Taken out, so that a frame that is still being placed counts them no second time.
+            let data = std::mem::take(&mut space.known().data);
+            self.data_pages.fetch_sub(data.pages(), Ordering::Relaxed);
         }
     }
 

@@ -13,6 +13,7 @@
 //!  source                         target
 //!  Begin          ──────▶  Accepted or Refused
 //!  RoundEnd       ──────▶  RoundReceived          once a round
+//!  SpacesEnded    ──────▶                         between rounds
 //!  Prestart       ──────▶
 //!  Manifest       ──────▶  Prepared or RolledBack
 //!  Commit         ──────▶  Committed, later Filled, then Outcome; or RolledBack
@@ -173,6 +174,7 @@ messages! {
     6 Abort "Source: the migration ends, the container goes on at the source."
     7 Query "Source: what became of this migration?"
     8 Resume "Source: this connection takes the place of a lost one; is the copy complete, and which pages are still owed?"
+    9 SpacesEnded "Source: these address spaces are gone; their pages are of no use any more."
     101 Accepted "Target: the container may come."
     102 Refused "Target: the container may not come."
     103 RoundReceived "Target: every frame of the round is in the page store."

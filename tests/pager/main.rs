@@ -451,6 +451,49 @@ fn random_changes_during_the_fill_never_show_a_wrong_byte() {
     }
 }
 
+/// UFFDIO_COPY finds no mapping, or another one's page, between a change and the reading of its event.
+#[test]
+fn whole_mappings_on_the_move_lose_and_mix_up_nothing() {
+    for seed in 1..=4 {
+        let mut scene = Scene::armed(32_768);
+        scene.release();
+        let answer = scene.task().tell(&format!("shuffle 8000 {seed}"));
+        assert_eq!(answer, "ok", "seed {seed}");
+        let summary = scene.done();
+        assert_eq!(summary.unregistered, 0, "seed {seed}");
+        assert_eq!(scene.store.memory_in_use().expect("measured"), 0);
+    }
+}
+
+#[test]
+fn pages_that_have_no_place_are_an_error_that_is_counted() {
+    let (pages, nowhere) = (1024, 5);
+    let mut scene = Scene::new();
+    // The source knows more pages than the task has here.
+    scene.receive_memory(1, (pages + nowhere) * 2);
+    scene.restore_task(1, pages, 0);
+    let memory = scene.memory_of(1, pages + nowhere);
+    let served = scene.pager.serve(vec![memory], &[], PATIENCE);
+    served.expect("the pager serves");
+    scene.pager.wait_armed(PATIENCE).expect("armed");
+    scene.release();
+    let summary = scene.done();
+    let data = (pages..pages + nowhere).filter(|page| page % 7 != 3);
+    assert_eq!(summary.unregistered, data.count() as u64);
+    assert!(!summary.is_whole());
+}
+
+#[test]
+fn a_mapping_that_a_child_has_no_copy_of_is_no_loss() {
+    let mut scene = Scene::armed(65_536);
+    scene.release();
+    assert_eq!(scene.task().tell("forkwithout 50000 2000"), "ok");
+    scene.task().check_everything();
+    let summary = scene.done();
+    assert!(summary.is_whole(), "{summary:?}");
+    assert_eq!(scene.store.memory_in_use().expect("measured"), 0);
+}
+
 #[test]
 fn a_pager_killed_midway_is_replaced_by_its_standby() {
     for wait_ms in [0, 5, 20, 60] {

@@ -101,6 +101,15 @@ impl Bringer {
 
     /// Brings what is asked for, and unasked a few pages at a time if `push`, until it is stopped or the pager is done.
     fn work(self, push: bool) -> Working {
+        self.work_with(push, Duration::ZERO)
+    }
+
+    /// [`Bringer::work`] as over a link: the changes of an address space are many, compared with what comes unasked.
+    fn work_slowly(self) -> Working {
+        self.work_with(true, Duration::from_millis(1))
+    }
+
+    fn work_with(self, push: bool, pause: Duration) -> Working {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let thread = std::thread::spawn(move || {
@@ -118,7 +127,10 @@ impl Bringer {
                         self.bring(vpid, pages);
                     }
                     Ok(Heard::Nothing) => match unasked.pop() {
-                        Some((vpid, pages)) => self.bring(vpid, pages),
+                        Some((vpid, pages)) => {
+                            self.bring(vpid, pages);
+                            std::thread::sleep(pause);
+                        }
                         None => self.listen(),
                     },
                     _ => break,
@@ -717,6 +729,19 @@ fn what_is_no_message_ends_the_line_and_another_is_asked_for_the_same() {
     assert_eq!(scene.task().answer(), "ok");
     scene.done();
     working.stop();
+}
+
+#[test]
+fn mappings_on_the_move_get_what_comes_late() {
+    for seed in 1..=4 {
+        let (mut scene, bringer) = owing(&[16_384], all_of, nothing);
+        let working = bringer.work_slowly();
+        let answer = scene.task().tell(&format!("shuffle 10000 {seed}"));
+        assert_eq!(answer, "ok", "seed {seed}");
+        let summary = scene.done();
+        assert!(summary.is_whole(), "seed {seed}: {summary:?}");
+        working.stop();
+    }
 }
 
 #[test]

@@ -28,6 +28,8 @@
 #define WORDS (PAGE / 8)
 #define ZERO (-1L)
 #define NONE (-2L)
+/* And below: written by the task itself, each time with another number. */
+#define WRITTEN (-3L)
 
 static char *base;
 static long pages;
@@ -41,6 +43,8 @@ static void die(const char *what)
 /* The contents of a page at the dump. Every seventh page is zero, as are the pages of the last eighth. */
 static uint64_t word(long home, unsigned long i)
 {
+	if (home <= WRITTEN)
+		return (uint64_t)home * 0xd6e8feb86659fd93ull + i;
 	if (home == ZERO || home % 7 == 3 || home >= pages - pages / 8)
 		return 0;
 	return ((uint64_t)home * 0x9e3779b97f4a7c15ull + i * 0xbf58476d1ce4e5b9ull) | 1;
@@ -244,6 +248,138 @@ static void stress(long ops)
 	free(home);
 }
 
+/*
+ * Whole mappings on the move: blocks of the memory and of a spare place behind it are moved over each other and over nothing,
+ * swapped, moved with their addresses kept, shrunk and grown again, thrown away, written and forked, mostly without a look at
+ * them, so that changes come as fast as the kernel can make them. A model says what each page must contain.
+ */
+#define BLOCK 128l
+#define SPARE 6l
+
+static void *move_to(long from, long to, int flags)
+{
+	return mremap(base + from * BLOCK * PAGE, BLOCK * PAGE, BLOCK * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED | flags, base + to * BLOCK * PAGE);
+}
+
+static void shuffle(long ops)
+{
+	long blocks = (pages + BLOCK - 1) / BLOCK + SPARE, cut = pages / 3 / BLOCK, written = WRITTEN;
+	long *home = malloc(blocks * BLOCK * sizeof(long)), *swap = malloc(BLOCK * sizeof(long));
+	for (long i = 0; i < blocks * BLOCK; i++)
+		home[i] = i < pages ? i : NONE;
+	for (long op = 0; op < ops; op++) {
+		long a = draw(blocks), b = draw(blocks), spare = blocks - 1, n = 1 + draw(BLOCK), *x = home + a * BLOCK, *y = home + b * BLOCK;
+		/* The last is for swapping, and across the cut there are two mappings. */
+		if (a == b || a == spare || b == spare || a == cut || b == cut || x[0] == NONE)
+			continue;
+		switch (draw(20)) {
+		default: {
+			/* The look lets the pager go on, and the way back comes while it places pages. */
+			long seen = draw(BLOCK);
+			if (move_to(a, spare, 0) == MAP_FAILED)
+				die("there");
+			int wrong = differs(spare * BLOCK + seen, x[seen]);
+			if (move_to(spare, a, 0) == MAP_FAILED)
+				die("back");
+			if (wrong) {
+				dprintf(1, "wrong page %ld home %ld on its way, op %ld\n", a * BLOCK + seen, x[seen], op);
+				return;
+			}
+			if (!draw(4))
+				usleep(draw(200));
+			break;
+		}
+		case 0:
+		case 1:
+			if (y[0] != NONE && draw(4))
+				break;
+			if (move_to(a, b, 0) == MAP_FAILED)
+				die("mremap");
+			memcpy(y, x, BLOCK * sizeof(long));
+			for (long i = 0; i < BLOCK; i++)
+				x[i] = NONE;
+			break;
+		case 2:
+		case 3:
+		case 4:
+			if (y[0] == NONE)
+				break;
+			if (move_to(a, spare, 0) == MAP_FAILED || move_to(b, a, 0) == MAP_FAILED || move_to(spare, b, 0) == MAP_FAILED)
+				die("swap");
+			memcpy(swap, x, BLOCK * sizeof(long));
+			memcpy(x, y, BLOCK * sizeof(long));
+			memcpy(y, swap, BLOCK * sizeof(long));
+			break;
+		case 5:
+			if (y[0] != NONE)
+				break;
+			if (move_to(a, b, MREMAP_DONTUNMAP) == MAP_FAILED)
+				die("mremap that keeps its place");
+			memcpy(y, x, BLOCK * sizeof(long));
+			for (long i = 0; i < BLOCK; i++)
+				x[i] = ZERO;
+			break;
+		case 6:
+			if (mremap(base + a * BLOCK * PAGE, BLOCK * PAGE, n * PAGE, 0) == MAP_FAILED ||
+			    mremap(base + a * BLOCK * PAGE, n * PAGE, BLOCK * PAGE, 0) == MAP_FAILED)
+				die("mremap to another length");
+			for (long i = n; i < BLOCK; i++)
+				x[i] = ZERO;
+			break;
+		case 7:
+			if (madvise(base + a * BLOCK * PAGE, n * PAGE, MADV_DONTNEED))
+				die("dontneed");
+			for (long i = 0; i < n; i++)
+				x[i] = ZERO;
+			break;
+		case 8:
+			x[n - 1] = --written;
+			for (unsigned long i = 0; i < WORDS; i++)
+				((uint64_t *)(base + (a * BLOCK + n - 1) * PAGE))[i] = word(written, i);
+			break;
+		case 9:
+			if (!draw(40)) {
+				pid_t child = fork();
+				if (child < 0)
+					die("fork");
+				if (!child) {
+					/* Moves as well, over its own copy. */
+					if (y[0] == NONE && move_to(a, b, 0) != MAP_FAILED)
+						for (long i = 0; i < BLOCK; i++) {
+							y[i] = x[i];
+							x[i] = NONE;
+						}
+					for (int k = 0; k < 2000; k++) {
+						long i = draw(blocks * BLOCK);
+						if (home[i] != NONE && differs(i, home[i]))
+							_exit(1);
+					}
+					_exit(0);
+				}
+				/* Goes on while the child still misses them. */
+				for (long k = 0; k < 3; k++)
+					if (move_to(a, spare, 0) == MAP_FAILED || move_to(spare, a, 0) == MAP_FAILED)
+						die("there and back");
+				if (wait_for(child)) {
+					dprintf(1, "wrong in a child, op %ld\n", op);
+					return;
+				}
+			} else if (!draw(4) && differs(a * BLOCK + n - 1, x[n - 1])) {
+				dprintf(1, "wrong page %ld home %ld, op %ld\n", a * BLOCK + n - 1, x[n - 1], op);
+				return;
+			}
+		}
+	}
+	for (long i = 0; i < blocks * BLOCK; i++)
+		if (home[i] != NONE && differs(i, home[i])) {
+			dprintf(1, "wrong page %ld home %ld, at the end: %016lx\n", i, home[i], *(uint64_t *)(base + i * PAGE));
+			return;
+		}
+	dprintf(1, "ok\n");
+	free(home);
+	free(swap);
+}
+
 static volatile sig_atomic_t signals;
 static void on_signal(int number)
 {
@@ -394,6 +530,19 @@ int main(int argc, char **argv)
 		} else if (sscanf(line, "stress %ld %ld", &a, &b) == 2) {
 			rng = b;
 			stress(a);
+		} else if (sscanf(line, "shuffle %ld %ld", &a, &b) == 2) {
+			rng = b;
+			shuffle(a);
+		} else if (sscanf(line, "forkwithout %ld %ld", &a, &b) == 2) {
+			/* The child has no copy of them. */
+			if (madvise(base + a * PAGE, b * PAGE, MADV_DONTFORK))
+				die("dontfork");
+			pid_t child = fork();
+			if (child < 0)
+				die("fork");
+			if (!child)
+				_exit(first_wrong(0, a, 0) >= 0);
+			dprintf(1, wait_for(child) ? "wrong in the child\n" : "ok\n");
 		} else if (!strncmp(line, "churn", 5)) {
 			/* Events without end, until killed; says so first. */
 			dprintf(1, "ok\n");

@@ -126,6 +126,29 @@ fn every_page_arrives_once_with_its_content_and_zero_pages_cost_nothing() {
 }
 
 #[test]
+fn a_space_that_ended_is_named_once_and_forgotten() {
+    let mut memory = Memory::new(3);
+    memory.page(0).fill(7);
+    let (mut sender, _kept) = sender(2);
+    let mut to_send = memory.to_send();
+    let living = to_send[0].space;
+    for space in [SpaceId(9), SpaceId(8)] {
+        let pages = to_send[0].pages.clone();
+        to_send.push(PagesToSend {
+            space,
+            pid: to_send[0].pid,
+            pages,
+        });
+    }
+    sender.send(&to_send, &Progress::default()).expect("sent");
+    let living = HashSet::from([living, SpaceId(1000)]);
+    assert_eq!(sender.forget_ended(&living), [SpaceId(8), SpaceId(9)]);
+    assert_eq!(sender.forget_ended(&living), []);
+    assert_eq!(sender.sent(SPACE).map(PageSet::pages), Some(3));
+    assert!(sender.sent(SpaceId(9)).is_none());
+}
+
+#[test]
 fn a_page_the_target_has_is_not_sent_again_until_it_changes() {
     let mut memory = Memory::new(100);
     for index in 0..100 {

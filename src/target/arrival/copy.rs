@@ -13,7 +13,7 @@ use crate::runtime::instance::inode_of;
 use crate::runtime::runc::MARK;
 use crate::runtime::{Task, cgroup};
 use crate::target::compose::{Delivery, compose};
-use crate::target::pager::{PagerEvent, PagerHandle, PagerHandleError, TaskMemory};
+use crate::target::pager::{FillSummary, PagerEvent, PagerHandle, PagerHandleError, TaskMemory};
 use crate::target::receive::Receiver;
 use crate::target::remains::Found;
 use crate::target::restore::{INVENTORY, Restore, RestoreError};
@@ -301,6 +301,9 @@ impl Arrival<'_> {
         while let Some(pager) = &mut self.pager {
             match pager.next_event(Duration::ZERO) {
                 Ok(None) => break,
+                Ok(Some(PagerEvent::Done(summary))) if !summary.is_whole() => {
+                    self.miss_pages(&summary);
+                }
                 Ok(Some(PagerEvent::Done(_))) => {
                     self.pager = None;
                     self.filled = true;
@@ -314,6 +317,18 @@ impl Arrival<'_> {
 
     pub(super) fn lose_pager(&mut self, error: &PagerHandleError) {
         self.because(PeerError::FillFailed, error.to_string());
+        self.pager = None;
+        self.pager_lost = true;
+    }
+
+    /// The pager is done, and pages got to no place: they are lost as if it had died.
+    pub(super) fn miss_pages(&mut self, summary: &FillSummary) {
+        let words = format!(
+            "{} pages of the container have no place in its memory here",
+            summary.unregistered
+        );
+        tracing::error!(container = %self.container, ?summary, "{words}");
+        self.because(PeerError::FillFailed, words);
         self.pager = None;
         self.pager_lost = true;
     }

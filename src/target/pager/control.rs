@@ -119,8 +119,8 @@ pub struct TaskFill {
     pub pages: u64,
     /// Faults answered, with data or with zeros.
     pub faults: u64,
-    /// Pages of data for which nothing was registered after the restore was finished. Anything but zero means that the
-    /// agent and CRIU disagree about which mappings are lazy.
+    /// Pages of data that had no place after the restore was finished, although every change of the address space was known. Anything
+    /// but zero means that the copy is not whole.
     pub unregistered: u64,
     /// Microseconds from `Serve` until it was done.
     pub micros: u64,
@@ -139,6 +139,13 @@ pub struct FillSummary {
     pub unregistered: u64,
     /// Microseconds from `Serve` until the last task was done.
     pub micros: u64,
+}
+
+impl FillSummary {
+    /// Whether every page got to its place.
+    pub fn is_whole(&self) -> bool {
+        self.unregistered == 0
+    }
 }
 
 /// The memory of one living task, for [`PagerHandle::serve`].

@@ -185,7 +185,11 @@ impl Pager {
                 self.say(&PagerEvent::Stalled)?;
             }
         }
-        self.provision.finish();
+        // Without the mark of one that is done, a pager that is gone is one whose pages are lost.
+        let done = self.service.as_ref().and_then(Service::done);
+        if done.is_some_and(|summary| summary.is_whole()) {
+            self.provision.finish();
+        }
         Ok(())
     }
 

@@ -174,7 +174,7 @@ impl Family {
                 let wanted = parent.map(|parent| parent.wanted.clone());
                 self.tally.spaces += 1;
                 self.members
-                    .insert(*child_id, Member::new(uffd, wanted.unwrap_or_default()));
+                    .insert(*child_id, Member::forked(uffd, wanted.unwrap_or_default()));
             }
             return Vec::new();
         }
@@ -182,7 +182,7 @@ impl Family {
             return Vec::new();
         };
         // What a thread waits for may be gone or elsewhere now, and the answer another.
-        member.try_again();
+        member.changed();
         match change {
             Change::Remap { from, to } => from
                 .range()
@@ -321,12 +321,14 @@ impl Family {
         self.store
             .read_exact_at(data, run.store.addr().0)
             .map_err(failed("reading pages"))?;
+        let absence = member.absence(restored);
         let (done, stop) = member
-            .place(run.now.start(), data, restored, &mut self.tally)
+            .place(run.now.start(), data, absence, &mut self.tally)
             .map_err(|source| FamilyError::Uffd { vpid, source })?;
         if let Some(placed) = PageRange::from_start_len(run.now.start(), done) {
             let freed = member.wanted.ready.remove(placed);
             member.cursor = placed.end();
+            member.resume();
             self.free(&freed)?;
         }
         let Some(member) = self.members.get_mut(&id) else {
@@ -343,7 +345,7 @@ impl Family {
                 Step::Later
             }
             Some(Placed::NotRegistered) => {
-                member.put_off(run.now.end());
+                member.put_off(run.now.end(), restored);
                 Step::Later
             }
             Some(_) => Step::Changing,

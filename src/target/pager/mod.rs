@@ -56,8 +56,13 @@
 //! circle until the page is there: the kernel (6.18 does; `FAULT_FLAG_INTERRUPTIBLE` is from 5.7) can neither interrupt such a
 //! call nor let it sleep again. It computes in vain, its cgroup may stay `FREEZING`, and no byte is wrong.
 //!
-//! A mapping with `MADV_WIPEONFORK` that is forked while its pages are missing shows the child those pages instead of zeros:
-//! the event does not say which mappings are wiped.
+//! A mapping that the process makes one of `MADV_WIPEONFORK` while its pages are missing, and then forks, shows the child those
+//! pages instead of zeros: no event tells. (What is one at the dump is never lazy.)
+//!
+//! Events of one userfaultfd come in the order in which the threads that caused them got to wait, which is after they let go of the
+//! address space. So if two threads change the same addresses at once (one unmaps what the kernel then gives to another's
+//! `mremap`, or one forks while another moves), and the first is held up in between for as long as the second takes, the pager
+//! learns of them the wrong way round. Nothing the kernel offers tells.
 
 mod adoption;
 mod channel;
@@ -88,7 +93,7 @@ pub use standby_link::StandbyError;
 pub use supply::{Heard, SupplyLine, SupplyMessage};
 pub use worker::WorkerError;
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use crate::kernel::open_files;
 use nix::sys::signal::{SigSet, Signal};
 use std::ffi::OsString;
 use std::io;
@@ -149,8 +154,7 @@ fn detach() -> Result<UnixStream, String> {
         }
         signals.thread_block()?;
         // A userfaultfd for every process, and one for every child: as many as the host allows.
-        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+        open_files::allow_most()?;
         // Best effort: lowering it needs a privilege that root in a container may lack.
         let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
         // A thread that panics must not leave the others serving half of the tasks: the process ends, the standby takes over.

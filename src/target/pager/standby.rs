@@ -304,7 +304,9 @@ impl Standby {
     ) -> Result<(), StandbyFailure> {
         loop {
             if let Some(summary) = service.done() {
-                self.provision.finish();
+                if summary.is_whole() {
+                    self.provision.finish();
+                }
                 self.tell_agent(&PagerEvent::Done(summary));
                 return Ok(());
             }

@@ -22,7 +22,7 @@ mod post_copy;
 
 pub(super) use orders::{Notices, WorkerHandle, WorkerNotice, WorkerOrder};
 
-use super::family::{Family, FamilyError, LARGE_CHUNK, MemberId, Step};
+use super::family::{Family, FamilyError, LARGE_CHUNK, Member, MemberId, Step};
 use super::standby_link::{Change, ReadMarks, StandbyError, StandbyLink, StandbyOrder};
 use crate::kernel::userfaultfd_missing::{MissingEvent, UffdError};
 use crate::memory::{PAGE_SIZE, PageRange};
@@ -206,7 +206,7 @@ impl Worker {
         }
     }
 
-    fn member(&self, id: MemberId) -> Option<&super::family::Member> {
+    fn member(&self, id: MemberId) -> Option<&Member> {
         self.families.get(self.home.get(&id)?)?.members.get(&id)
     }
 
@@ -238,6 +238,10 @@ impl Worker {
                 }
                 Ok(WorkerOrder::Restored) => {
                     self.restored = true;
+                    let families = self.families.values_mut();
+                    families
+                        .flat_map(|family| family.members.values_mut())
+                        .for_each(Member::resume);
                     // What was complete before may be closed now.
                     self.queue = self.home.keys().copied().collect();
                 }

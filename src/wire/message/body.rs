@@ -217,6 +217,14 @@ pub struct RoundEnd {
     pub frames_per_stream: Vec<u64>,
 }
 
+/// These address spaces ended while rounds were sent: their pages are of no use any more.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SpacesEnded {
+    /// Which; none of them comes again.
+    #[serde(deserialize_with = "at_most::<MAX_SPACES, _, _>")]
+    pub spaces: Vec<SpaceId>,
+}
+
 /// The rounds are nearly done: start a restore that waits for its images.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Prestart {

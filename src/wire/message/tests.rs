@@ -97,6 +97,10 @@ fn every_message_survives_the_wire() {
             frames_per_stream: vec![1, 2, 3, 4],
         }
         .into(),
+        SpacesEnded {
+            spaces: vec![SpaceId(3), SpaceId(u32::MAX)],
+        }
+        .into(),
         Prestart {
             config: "{}".into(),
             stdio: [

@@ -212,6 +212,7 @@ pub(crate) fn compile_all() -> Result<()> {
         "file-mutator",
         "prefork",
         "kernel-writer",
+        "crowd",
     ];
     names
         .into_iter()
