@@ -16,7 +16,7 @@ use crate::source::settle as source;
 use crate::target::arrival::{Arrival, Host, Resumption, Signal};
 use crate::target::{preflight, settle};
 use crate::transport::{
-    Connection, Control, ControlReceiver, ControlSender, Identity, IdentityError, Listener,
+    Connection, Control, ControlReceiver, ControlSender, Fingerprint, Identity, IdentityError, Listener,
     Settings, TransportError, TransportThread, TrustStore,
 };
 use crate::wire::message::{
@@ -31,7 +31,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
@@ -109,18 +109,21 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
             lazy,
         },
         journals,
+        sessions: Mutex::default(),
         arrivals: Mutex::default(),
         draining: AtomicBool::new(false),
     });
 
-    let transport =
-        TransportThread::spawn("transport").map_err(system("starting the transport's thread"))?;
+    // What strangers send is sorted out beside what running moves carry.
+    let [door, transport] = ["listener", "transport"].map(TransportThread::spawn);
+    let door = door.map_err(system("starting the listener's thread"))?;
+    let transport = transport.map_err(system("starting the transport's thread"))?;
     let (arrived, arrivals) = mpsc::channel();
     let trust = TrustStore::in_dir(&plan.state_dir);
     let listen = plan.listen;
     let listening =
-        transport.run(async move { Listener::bind(listen, identity, trust, Settings::default()) });
-    let joined = transport.handle().block_on(listening);
+        door.run(async move { Listener::bind(listen, identity, trust, Settings::default()) });
+    let joined = door.handle().block_on(listening);
     let listener = Arc::new(joined.unwrap_or(Err(TransportError::ClosedHere))?);
     // Before anybody is let in: a source that comes to go on must find the copy.
     for migration in owing {
@@ -128,14 +131,16 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
     }
     tracing::info!(address = %listener.local_addr()?, "listening");
     let accepting = Arc::clone(&listener);
-    transport.run(async move {
+    let carrier = transport.handle().clone();
+    let turned_away = Arc::new(TurnedAway::default());
+    door.run(async move {
         while let Some(arrival) = accepting.accept().await {
-            let arrived = arrived.clone();
-            tokio::spawn(async move {
+            let (arrived, turned_away) = (arrived.clone(), Arc::clone(&turned_away));
+            carrier.spawn(async move {
                 let from = arrival.addr();
                 match arrival.handshake().await {
                     Ok(connected) => drop(arrived.send(connected)),
-                    Err(error) => tracing::warn!(%from, %error, "not let in"),
+                    Err(error) => turned_away.say(from, &error),
                 }
             });
         }
@@ -158,10 +163,18 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
     loop {
         match arrivals.recv_timeout(Duration::from_millis(100)) {
             Ok((connection, control)) => {
+                let Some(seat) = agent.seat(&connection) else {
+                    tracing::warn!(from = %connection.peer().name, "a peer has as many connections as it may have at once");
+                    connection.close(PeerError::Overloaded);
+                    continue;
+                };
                 let (agent, runtime) = (Arc::clone(&agent), transport.handle().clone());
                 let started = thread::Builder::new()
                     .name("session".into())
-                    .spawn(move || agent.session(&connection, control, &runtime));
+                    .spawn(move || {
+                        agent.session(&connection, control, &runtime);
+                        drop(seat);
+                    });
                 started.map_err(system("starting a session's thread"))?;
             }
             Err(RecvTimeoutError::Timeout) => {}
@@ -178,7 +191,7 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
         }
     }
     stopping.abort();
-    transport.handle().block_on(listener.close(PeerError::Done));
+    door.handle().block_on(listener.close(PeerError::Done));
     tracing::info!("stopped");
     Ok(())
 }
@@ -257,9 +270,17 @@ fn settle_what_a_crash_left(
 /// Between two attempts to take over a copy whose pager is busy.
 const ADOPTION_PAUSE: Duration = Duration::from_secs(2);
 
+/// How many connections a peer may have at once: as many arrivals, and as many questions beside them. Each costs a thread.
+const MAX_SESSIONS: usize = 128;
+
+/// How many containers may arrive at once. Each has descriptors for all of its memory, and processes of its own.
+const MAX_ARRIVALS: usize = 64;
+
 struct Agent {
     host: Host,
     journals: JournalDir,
+    /// Connections there are, by the peer's fingerprint.
+    sessions: Mutex<HashMap<Fingerprint, usize>>,
     /// Arrivals under way, and where to ask them.
     arrivals: Mutex<HashMap<MigrationId, UnderWay>>,
     draining: AtomicBool,
@@ -276,6 +297,44 @@ async fn listen(mut receiver: ControlReceiver, signal: Sender<Signal>, link: u32
         let is_last = said.is_err();
         if signal.send(Signal::Heard { link, said }).is_err() || is_last {
             return;
+        }
+    }
+}
+
+/// Says who was not let in, one of many when there are many: a log is not for strangers to fill.
+#[derive(Default)]
+struct TurnedAway(Mutex<(Option<Instant>, u64)>);
+
+/// Between two lines about who was not let in.
+const TURNED_AWAY_PAUSE: Duration = Duration::from_secs(5);
+
+impl TurnedAway {
+    fn say(&self, from: SocketAddr, error: &TransportError) {
+        let mut said = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (last, unsaid) = &mut *said;
+        if last.is_some_and(|last| last.elapsed() < TURNED_AWAY_PAUSE) {
+            *unsaid += 1;
+            return;
+        }
+        tracing::warn!(%from, %error, others = *unsaid, "not let in");
+        (*last, *unsaid) = (Some(Instant::now()), 0);
+    }
+}
+
+/// A connection that is counted.
+struct Seat {
+    agent: Arc<Agent>,
+    peer: Fingerprint,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut sessions = self.agent.sessions();
+        if let Some(taken) = sessions.get_mut(&self.peer) {
+            *taken -= 1;
+            if *taken == 0 {
+                sessions.remove(&self.peer);
+            }
         }
     }
 }
@@ -306,6 +365,21 @@ impl Agent {
         self.arrivals().insert(migration, under_way);
         tracing::info!(container = %orphan.opened.container, "taken over: it waits for pages and their source");
         TriedToAdopt::Taken(orphan, signal, signals)
+    }
+
+    /// Counts a connection; `None` if its peer has as many as it may.
+    fn seat(self: &Arc<Self>, connection: &Connection) -> Option<Seat> {
+        let peer = connection.peer().fingerprint;
+        let mut sessions = self.sessions();
+        let taken = sessions.entry(peer).or_default();
+        if *taken >= MAX_SESSIONS {
+            return None;
+        }
+        *taken += 1;
+        Some(Seat {
+            agent: Arc::clone(self),
+            peer,
+        })
     }
 
     fn session(&self, connection: &Connection, mut control: Control, runtime: &Handle) {
@@ -440,6 +514,9 @@ impl Agent {
         if taken {
             return refuse(PeerError::Busy);
         }
+        if arrivals.len() >= MAX_ARRIVALS {
+            return refuse(PeerError::Overloaded);
+        }
         let under_way = UnderWay {
             container: begin.container.as_str().to_string(),
             peer: connection.peer().fingerprint.to_string(),
@@ -544,6 +621,10 @@ impl Agent {
             }
             .into(),
         }
+    }
+
+    fn sessions(&self) -> MutexGuard<'_, HashMap<Fingerprint, usize>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn arrivals(&self) -> MutexGuard<'_, HashMap<MigrationId, UnderWay>> {

@@ -13,14 +13,15 @@ mod support {
     pub mod program;
 }
 
-use migrate::kernel::inject;
+use migrate::kernel::inject::{self, InjectError};
 use migrate::kernel::maps::VmaKind;
-use migrate::kernel::ptrace::StopError;
-use migrate::kernel::userfaultfd::{WriteTracker, open_device};
+use migrate::kernel::ptrace::{StopError, living_threads};
+use migrate::kernel::userfaultfd::WriteTracker;
 use migrate::memory::{PageNumber, PageRange, PageSet, VirtAddr};
 use migrate::source::tracker::{Motion, TrackerKind, Untracked, is_tracked};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::time::{Duration, Instant};
 use support::agreement;
@@ -32,6 +33,13 @@ use support::program::{Commanded, Name, program};
 /// How long to wait for a thread that stops as soon as it may run.
 fn patience() -> Duration {
     stretched(Duration::from_secs(10))
+}
+
+/// Makes a userfaultfd in process `pid` while its threads stand still.
+fn attach(pid: i32, patience: Duration) -> Result<OwnedFd, InjectError> {
+    let threads = move || Ok(living_threads(pid).unwrap_or_default());
+    let injected = inject::userfaultfds(vec![vec![pid]], Box::new(threads), patience)?;
+    injected.each.into_iter().next().expect("one was asked for")
 }
 
 /// How long a `vfork` lasts that something is done in, however busy this machine is.
@@ -375,22 +383,60 @@ fn a_vfork_child_is_the_way_in_while_its_parent_waits() {
     let mut dirtier = Commanded::start(&freezer);
     dirtier.obey(&long_vfork());
     let tasks = freezer.tasks_when(|tasks| tasks.len() == 2);
-    let device = open_device().unwrap();
     // It does not stop, however long it is waited for.
     let impatience = stretched(Duration::from_millis(100));
-    let attached = inject::userfaultfd(dirtier.pid(), &device, impatience);
+    let attached = attach(dirtier.pid(), impatience);
     assert!(
         matches!(
             attached,
-            Err(inject::InjectError::Stop(StopError::Uninterruptible { .. }))
+            Err(InjectError::Stop(StopError::Uninterruptible { .. }))
         ),
         "{attached:?}"
     );
     let child = tasks.iter().find(|task| task.pid != dirtier.pid()).unwrap();
-    let made = inject::userfaultfd(child.pid, &device, patience()).unwrap();
-    WriteTracker::new(made.fd).unwrap();
+    let made = attach(child.pid, patience()).unwrap();
+    WriteTracker::new(made).unwrap();
     freezer.tasks_when(|tasks| tasks.len() == 1);
     dirtier.obey("steps 10");
+}
+
+/// Sibling threads, a process that shares the table and one that may trace it look for the descriptor all the time, and put
+/// another in its place.
+#[test]
+fn nothing_in_a_container_gets_hold_of_a_descriptor_of_the_engine() {
+    if !injects("nothing_in_a_container_gets_hold_of_a_descriptor_of_the_engine") {
+        return;
+    }
+    let freezer = Freezer::new("thief");
+    let mut thief = Commanded::start_program(&freezer, Name::Thief, []);
+    for _ in 0..100 {
+        let mut tracker = opened(TrackerKind::UffdWp);
+        tracker.set_container(&freezer.of_the_engine());
+        let scans = tracker.scan(&freezer.tasks(), Motion::Running).unwrap();
+        assert_eq!(scans.len(), 2, "the program and the process it has forked");
+        for scan in scans {
+            assert!(scan.untracked.is_none(), "{:?}", scan.untracked);
+        }
+    }
+    assert_eq!(thief.ask("caught"), "0", "descriptors were caught");
+}
+
+#[test]
+fn a_paused_container_is_taken_whole_and_stays_paused() {
+    with_each(|kind| {
+        let freezer = Freezer::new("paused");
+        let mut dirtier = Commanded::start(&freezer);
+        let mut tracker = opened(kind);
+        tracker.set_container(&freezer.of_the_engine());
+        freezer.freeze();
+        let scans = tracker.scan(&freezer.tasks(), Motion::Running).unwrap();
+        assert!(scans[0].untracked.is_some());
+        assert!(freezer.is_frozen());
+        freezer.thaw();
+        dirtier.obey("steps 10");
+        let scans = tracker.scan(&freezer.tasks(), Motion::Running).unwrap();
+        assert!(scans[0].untracked.is_none(), "{:?}", scans[0].untracked);
+    });
 }
 
 #[test]
@@ -470,12 +516,11 @@ fn an_interrupted_sleep_and_sigsuspend_go_on_after_an_attach() {
     }
     let freezer = Freezer::new("sleep");
     let mut dirtier = Commanded::start(&freezer);
-    let device = open_device().unwrap();
     let milliseconds = u64::from(400 * slowness());
     dirtier.obey(&format!("nap {milliseconds}"));
     for _ in 0..10 {
         std::thread::sleep(Duration::from_millis(20));
-        inject::userfaultfd(dirtier.pid(), &device, patience()).unwrap();
+        attach(dirtier.pid(), patience()).unwrap();
     }
     let nap = dirtier.reply();
     let took: u64 = nap
@@ -488,7 +533,7 @@ fn an_interrupted_sleep_and_sigsuspend_go_on_after_an_attach() {
     dirtier.obey("listen");
     for _ in 0..5 {
         std::thread::sleep(Duration::from_millis(10));
-        inject::userfaultfd(dirtier.pid(), &device, patience()).unwrap();
+        attach(dirtier.pid(), patience()).unwrap();
     }
     kill(Pid::from_raw(dirtier.pid()), Signal::SIGUSR1).unwrap();
     assert_eq!(
@@ -505,7 +550,6 @@ fn no_signal_is_lost_while_a_process_is_attached_to() {
     }
     let freezer = Freezer::new("signals");
     let mut dirtier = Commanded::start(&freezer);
-    let device = open_device().unwrap();
     dirtier.obey("threads 1");
     dirtier.obey("count");
     let (mut attached, mut sent) = (0, 0);
@@ -517,7 +561,7 @@ fn no_signal_is_lost_while_a_process_is_attached_to() {
             .spawn()
             .unwrap();
         while flood.try_wait().unwrap().is_none() {
-            inject::userfaultfd(dirtier.pid(), &device, patience()).unwrap();
+            attach(dirtier.pid(), patience()).unwrap();
             attached += 1;
         }
         sent += count;
@@ -533,11 +577,10 @@ fn a_stopped_process_can_be_attached_to_and_stays_stopped() {
     }
     let freezer = Freezer::new("stopped");
     let mut dirtier = Commanded::start(&freezer);
-    let device = open_device().unwrap();
     let pid = Pid::from_raw(dirtier.pid());
     kill(pid, Signal::SIGSTOP).unwrap();
     for _ in 0..20 {
-        inject::userfaultfd(dirtier.pid(), &device, patience()).unwrap();
+        attach(dirtier.pid(), patience()).unwrap();
     }
     dirtier.wait_for_state('T');
     kill(pid, Signal::SIGCONT).unwrap();
@@ -545,9 +588,9 @@ fn a_stopped_process_can_be_attached_to_and_stays_stopped() {
     // Stop and continue while attaching: whatever the order, it obeys again after the last SIGCONT.
     for _ in 0..100 {
         kill(pid, Signal::SIGSTOP).unwrap();
-        inject::userfaultfd(dirtier.pid(), &device, patience()).unwrap();
+        attach(dirtier.pid(), patience()).unwrap();
         kill(pid, Signal::SIGCONT).unwrap();
-        inject::userfaultfd(dirtier.pid(), &device, patience()).unwrap();
+        attach(dirtier.pid(), patience()).unwrap();
     }
     dirtier.obey("steps 10");
 }
@@ -557,7 +600,6 @@ fn a_process_that_dies_while_it_is_attached_to_is_told_as_such() {
     if !injects("a_process_that_dies_while_it_is_attached_to_is_told_as_such") {
         return;
     }
-    let device = open_device().unwrap();
     let (mut attached, mut died) = (0, 0);
     for index in 0..u64::MAX {
         // Ever later, until some were attached to.
@@ -576,7 +618,7 @@ fn a_process_that_dies_while_it_is_attached_to_is_told_as_such() {
             }
             kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
         });
-        match inject::userfaultfd(pid, &device, patience()) {
+        match attach(pid, patience()) {
             Ok(_) => attached += 1,
             Err(error) if error.exited() => died += 1,
             Err(error) => panic!("a dying process gave {error:?}"),
@@ -597,8 +639,8 @@ fn a_process_whose_leader_has_exited_is_attached_to_through_another_thread() {
     let mut dirtier = Commanded::start(&freezer);
     dirtier.obey("headless");
     dirtier.wait_for_state('Z');
-    let made = inject::userfaultfd(dirtier.pid(), &open_device().unwrap(), patience()).unwrap();
-    WriteTracker::new(made.fd).unwrap();
+    let made = attach(dirtier.pid(), patience()).unwrap();
+    WriteTracker::new(made).unwrap();
     dirtier.obey("steps 10");
 }
 

@@ -8,4 +8,4 @@ pub mod runc;
 mod task;
 
 pub use freezer::{FreezeError, Freezer, Frozen};
-pub use task::{Task, tasks_of_cgroup};
+pub use task::{Task, tasks_of_cgroup, threads_of_cgroup};

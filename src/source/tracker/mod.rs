@@ -39,7 +39,7 @@ use crate::kernel::pagemap::{PageIs, Query, ScanError};
 use crate::kernel::probe::Missing;
 use crate::kernel::userfaultfd;
 use crate::memory::{PageSet, SpaceId};
-use crate::runtime::Task;
+use crate::runtime::{Freezer, Task};
 use std::fmt;
 use std::time::Duration;
 
@@ -53,6 +53,10 @@ pub trait Tracker: Send {
     /// At the first sight of a space every populated page is dirty; afterwards those written since the last scan.
     /// `tasks` must be listed anew for each scan: what they lack is forgotten. Tasks that exit meanwhile are left out.
     fn scan(&mut self, tasks: &[Task], motion: Motion) -> Result<Vec<SpaceScan>, TrackError>;
+
+    /// Says which container the tasks are of. While something of ours is in a process of it nothing of it runs; without this,
+    /// no listed task does.
+    fn set_container(&mut self, _freezer: &Freezer) {}
 }
 
 /// The ways to track.
