@@ -6,6 +6,8 @@
 //!  SIGTERM ─▶ no new arrivals ─▶ the running ones end ─▶ exit
 //! ```
 
+mod bounds;
+
 use crate::criu::binary::{Criu, NoCriu};
 use crate::criu::kernel_cache::{KernelCache, KernelCacheError};
 use crate::journal::{JournalDir, JournalError};
@@ -16,13 +18,14 @@ use crate::source::settle as source;
 use crate::target::arrival::{Arrival, Host, Resumption, Signal};
 use crate::target::{preflight, settle};
 use crate::transport::{
-    Connection, Control, ControlReceiver, ControlSender, Fingerprint, Identity, IdentityError, Listener,
+    Connection, Control, ControlReceiver, ControlSender, Identity, IdentityError, Listener,
     Settings, TransportError, TransportThread, TrustStore,
 };
 use crate::wire::message::{
     Accepted, Begin, Fate, Message, Outcome, Query, Refusal, Refused, Resume, RolledBack,
 };
 use crate::wire::peer_error::PeerError;
+use bounds::{MAX_ARRIVALS, Seats, TurnedAway};
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
@@ -31,7 +34,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use thiserror::Error;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
@@ -109,7 +112,7 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
             lazy,
         },
         journals,
-        sessions: Mutex::default(),
+        seats: Arc::default(),
         arrivals: Mutex::default(),
         draining: AtomicBool::new(false),
     });
@@ -163,7 +166,7 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
     loop {
         match arrivals.recv_timeout(Duration::from_millis(100)) {
             Ok((connection, control)) => {
-                let Some(seat) = agent.seat(&connection) else {
+                let Some(seat) = agent.seats.take(connection.peer().fingerprint) else {
                     tracing::warn!(from = %connection.peer().name, "a peer has as many connections as it may have at once");
                     connection.close(PeerError::Overloaded);
                     continue;
@@ -270,17 +273,10 @@ fn settle_what_a_crash_left(
 /// Between two attempts to take over a copy whose pager is busy.
 const ADOPTION_PAUSE: Duration = Duration::from_secs(2);
 
-/// How many connections a peer may have at once: as many arrivals, and as many questions beside them. Each costs a thread.
-const MAX_SESSIONS: usize = 128;
-
-/// How many containers may arrive at once. Each has descriptors for all of its memory, and processes of its own.
-const MAX_ARRIVALS: usize = 64;
-
 struct Agent {
     host: Host,
     journals: JournalDir,
-    /// Connections there are, by the peer's fingerprint.
-    sessions: Mutex<HashMap<Fingerprint, usize>>,
+    seats: Arc<Seats>,
     /// Arrivals under way, and where to ask them.
     arrivals: Mutex<HashMap<MigrationId, UnderWay>>,
     draining: AtomicBool,
@@ -297,44 +293,6 @@ async fn listen(mut receiver: ControlReceiver, signal: Sender<Signal>, link: u32
         let is_last = said.is_err();
         if signal.send(Signal::Heard { link, said }).is_err() || is_last {
             return;
-        }
-    }
-}
-
-/// Says who was not let in, one of many when there are many: a log is not for strangers to fill.
-#[derive(Default)]
-struct TurnedAway(Mutex<(Option<Instant>, u64)>);
-
-/// Between two lines about who was not let in.
-const TURNED_AWAY_PAUSE: Duration = Duration::from_secs(5);
-
-impl TurnedAway {
-    fn say(&self, from: SocketAddr, error: &TransportError) {
-        let mut said = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (last, unsaid) = &mut *said;
-        if last.is_some_and(|last| last.elapsed() < TURNED_AWAY_PAUSE) {
-            *unsaid += 1;
-            return;
-        }
-        tracing::warn!(%from, %error, others = *unsaid, "not let in");
-        (*last, *unsaid) = (Some(Instant::now()), 0);
-    }
-}
-
-/// A connection that is counted.
-struct Seat {
-    agent: Arc<Agent>,
-    peer: Fingerprint,
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        let mut sessions = self.agent.sessions();
-        if let Some(taken) = sessions.get_mut(&self.peer) {
-            *taken -= 1;
-            if *taken == 0 {
-                sessions.remove(&self.peer);
-            }
         }
     }
 }
@@ -365,21 +323,6 @@ impl Agent {
         self.arrivals().insert(migration, under_way);
         tracing::info!(container = %orphan.opened.container, "taken over: it waits for pages and their source");
         TriedToAdopt::Taken(orphan, signal, signals)
-    }
-
-    /// Counts a connection; `None` if its peer has as many as it may.
-    fn seat(self: &Arc<Self>, connection: &Connection) -> Option<Seat> {
-        let peer = connection.peer().fingerprint;
-        let mut sessions = self.sessions();
-        let taken = sessions.entry(peer).or_default();
-        if *taken >= MAX_SESSIONS {
-            return None;
-        }
-        *taken += 1;
-        Some(Seat {
-            agent: Arc::clone(self),
-            peer,
-        })
     }
 
     fn session(&self, connection: &Connection, mut control: Control, runtime: &Handle) {
@@ -621,10 +564,6 @@ impl Agent {
             }
             .into(),
         }
-    }
-
-    fn sessions(&self) -> MutexGuard<'_, HashMap<Fingerprint, usize>> {
-        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn arrivals(&self) -> MutexGuard<'_, HashMap<MigrationId, UnderWay>> {

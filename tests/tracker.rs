@@ -17,6 +17,7 @@ use migrate::kernel::inject::{self, InjectError};
 use migrate::kernel::maps::VmaKind;
 use migrate::kernel::ptrace::{StopError, living_threads};
 use migrate::kernel::userfaultfd::WriteTracker;
+use migrate::runtime::threads_of_cgroup;
 use migrate::memory::{PageNumber, PageRange, PageSet, VirtAddr};
 use migrate::source::tracker::{Motion, TrackerKind, Untracked, is_tracked};
 use nix::sys::signal::{Signal, kill};
@@ -419,6 +420,66 @@ fn nothing_in_a_container_gets_hold_of_a_descriptor_of_the_engine() {
         }
     }
     assert_eq!(thief.ask("caught"), "0", "descriptors were caught");
+}
+
+/// An exec waits until the other threads of its process are gone, and whoever seizes a thread waits for the exec.
+#[test]
+fn a_process_whose_threads_exec_all_the_time_neither_hangs_nor_holds_up_the_engine() {
+    with_each(|kind| {
+        let freezer = Freezer::new("execs");
+        let process = Commanded::start_program(&freezer, Name::Thief, ["exec".as_ref()]);
+        let round = || {
+            let line = std::fs::read(format!("/proc/{}/cmdline", process.pid())).unwrap();
+            let last = line.split(|byte| *byte == 0).filter(|word| !word.is_empty());
+            let last = String::from_utf8(last.last().unwrap_or_default().to_vec()).unwrap();
+            last.parse::<u64>().unwrap_or(0)
+        };
+        let mut tracker = opened(kind);
+        tracker.set_container(&freezer.of_the_engine());
+        let mut attached = 0;
+        for _ in 0..200 {
+            let scans = tracker.scan(&freezer.tasks(), Motion::Running).unwrap();
+            attached += scans
+                .iter()
+                .filter(|scan| scan.untracked.is_none())
+                .count();
+        }
+        println!("{attached} of 200 scans found it attached to");
+        let (before, until) = (round(), Instant::now() + patience());
+        while round() <= before {
+            assert!(Instant::now() < until, "it does not exec any more");
+            std::thread::yield_now();
+        }
+    });
+}
+
+/// The figures of docs/kernels.md: cargo test --test tracker -- --ignored --nocapture measured
+#[test]
+#[ignore = "a measurement"]
+fn measured_standstill_of_an_attach() {
+    for processes in [0, 10, 100, 1000] {
+        let freezer = Freezer::new("standstill");
+        let mut dirtier = Commanded::start(&freezer);
+        if processes > 0 {
+            dirtier.obey(&format!("fork {processes} 0"));
+        }
+        let mut stopped = Vec::new();
+        for _ in 0..5 {
+            let memories: Vec<Vec<i32>> = freezer
+                .tasks()
+                .into_iter()
+                .map(|task| vec![task.pid])
+                .collect();
+            let container = freezer.of_the_engine();
+            let everyone = move || threads_of_cgroup(container.path());
+            let injected =
+                inject::userfaultfds(memories, Box::new(everyone), patience()).unwrap();
+            let made = injected.each.iter().filter(|made| made.is_ok()).count();
+            stopped.push((injected.stopped, made));
+        }
+        stopped.sort();
+        println!("{processes} + 1 processes: median {:?}", stopped[2]);
+    }
 }
 
 #[test]

@@ -124,6 +124,11 @@ impl ControlReceiver {
 impl ControlSender {
     /// Writes bytes as a hostile peer would.
     pub(super) async fn write_raw(&mut self, bytes: &[u8]) {
-        self.stream.write_all(bytes).await.expect("written");
+        assert!(self.try_write_raw(bytes).await);
+    }
+
+    /// Writes bytes as long as the peer takes them.
+    pub(super) async fn try_write_raw(&mut self, bytes: &[u8]) -> bool {
+        self.stream.write_all(bytes).await.is_ok()
     }
 }

@@ -349,6 +349,34 @@ mod tests {
     }
 
     #[test]
+    fn an_unchanged_list_is_read_once_and_a_changed_one_again() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = TrustStore::in_dir(dir.path());
+        assert!(store.current().expect("none yet").peers().is_empty());
+        let fingerprint = |digit: &str| format!("sha256:{}", digit.repeat(64)).parse();
+        for digit in ["1", "2", "3"] {
+            let name: PeerName = format!("peer-{digit}").parse().expect("a name");
+            let fingerprint = fingerprint(digit).expect("a fingerprint");
+            store.add(name.clone(), fingerprint).expect("added");
+            let current = store.current().expect("read");
+            assert_eq!(current.name_of(fingerprint), Some(&name));
+            store.remove(&name).expect("removed");
+            let current = store.current().expect("read");
+            assert_eq!(current.name_of(fingerprint), None, "trusted no longer");
+        }
+        let fresh = store.current().expect("read");
+        while !Arc::ptr_eq(&fresh, &store.current().expect("read"))
+            && store.last.lock().expect("unharmed").is_none()
+        {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        let (first, second) = (store.clone().current(), store.current());
+        assert!(Arc::ptr_eq(&first.expect("known"), &second.expect("known")));
+        fs::remove_file(dir.path().join(FILE_NAME)).expect("removed");
+        assert!(store.current().expect("none").peers().is_empty());
+    }
+
+    #[test]
     fn peers_are_added_listed_and_removed() {
         let dir = tempfile::tempdir().expect("a directory");
         let store = TrustStore::in_dir(&dir.path().join("new"));

@@ -2,7 +2,8 @@
 //
 // `thief` starts threads that copy every descriptor that comes into their table, a process of its own that shares the memory and
 // the table, and one that shares neither and reaches for the descriptors of the first by pidfd_getfd. Further threads close and
-// replace what is in the table by pipes, so that whoever takes a descriptor back may get another. "ready" is said when all of them
+// replace what is in the table by pipes, so that whoever takes a descriptor back may get another. Started as `thief exec` it has
+// threads, of which one after the other calls exec for ever. "ready" is said when all of them
 // are at work; "caught" is answered with how many descriptors of a userfaultfd and of its device they have got hold of.
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -93,9 +94,44 @@ static void reach(long number)
 	}
 }
 
-int main(void)
+static void *rest(void *unused)
+{
+	(void)unused;
+	for (;;)
+		pause();
+	return 0;
+}
+
+// The leader and another thread in turn.
+static void *exec_on(void *round)
+{
+	char next[24];
+	snprintf(next, sizeof next, "%ld", (long)round + 1);
+	execl("/proc/self/exe", "thief", "exec", next, (char *)0);
+	exit(1);
+}
+
+static void exec_for_ever(long round)
+{
+	pthread_t thread;
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	for (int i = 0; i < 3; i++)
+		pthread_create(&thread, 0, rest, 0);
+	if (round == 0) {
+		puts("ready");
+		fflush(stdout);
+	}
+	if (round % 2 == 0)
+		exec_on((void *)round);
+	pthread_create(&thread, 0, exec_on, (void *)round);
+	rest(0);
+}
+
+int main(int argc, char **argv)
 {
 	char line[64];
+	if (argc > 1 && !strcmp(argv[1], "exec"))
+		exec_for_ever(argc > 2 ? atol(argv[2]) : 0);
 	pthread_t thread;
 	seen = mmap(0, sizeof *seen, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	victim = getpid();
