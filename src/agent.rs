@@ -6,6 +6,8 @@
 //!  SIGTERM ─▶ no new arrivals ─▶ the running ones end ─▶ exit
 //! ```
 
+mod bounds;
+
 use crate::criu::binary::{Criu, NoCriu};
 use crate::criu::kernel_cache::{KernelCache, KernelCacheError};
 use crate::journal::{JournalDir, JournalError};
@@ -24,6 +26,7 @@ use crate::wire::message::{
     Accepted, Begin, Fate, Message, Outcome, Query, Refusal, Refused, Resume, RolledBack,
 };
 use crate::wire::peer_error::PeerError;
+use bounds::{MAX_ARRIVALS, Seats, TurnedAway};
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
@@ -110,18 +113,21 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
             lazy,
         },
         journals,
+        seats: Arc::default(),
         arrivals: Mutex::default(),
         draining: AtomicBool::new(false),
     });
 
-    let transport =
-        TransportThread::spawn("transport").map_err(system("starting the transport's thread"))?;
+    // What strangers send is sorted out beside what running moves carry.
+    let [door, transport] = ["listener", "transport"].map(TransportThread::spawn);
+    let door = door.map_err(system("starting the listener's thread"))?;
+    let transport = transport.map_err(system("starting the transport's thread"))?;
     let (arrived, arrivals) = mpsc::channel();
     let trust = TrustStore::in_dir(&plan.state_dir);
     let listen = plan.listen;
     let listening =
-        transport.run(async move { Listener::bind(listen, identity, trust, Settings::default()) });
-    let joined = transport.handle().block_on(listening);
+        door.run(async move { Listener::bind(listen, identity, trust, Settings::default()) });
+    let joined = door.handle().block_on(listening);
     let listener = Arc::new(joined.unwrap_or(Err(TransportError::ClosedHere))?);
     // Before anybody is let in: a source that comes to go on must find the copy.
     for migration in owing {
@@ -129,14 +135,16 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
     }
     tracing::info!(address = %listener.local_addr()?, "listening");
     let accepting = Arc::clone(&listener);
-    transport.run(async move {
+    let carrier = transport.handle().clone();
+    let turned_away = Arc::new(TurnedAway::default());
+    door.run(async move {
         while let Some(arrival) = accepting.accept().await {
-            let arrived = arrived.clone();
-            tokio::spawn(async move {
+            let (arrived, turned_away) = (arrived.clone(), Arc::clone(&turned_away));
+            carrier.spawn(async move {
                 let from = arrival.addr();
                 match arrival.handshake().await {
                     Ok(connected) => drop(arrived.send(connected)),
-                    Err(error) => tracing::warn!(%from, %error, "not let in"),
+                    Err(error) => turned_away.say(from, &error),
                 }
             });
         }
@@ -159,10 +167,18 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
     loop {
         match arrivals.recv_timeout(Duration::from_millis(100)) {
             Ok((connection, control)) => {
+                let Some(seat) = agent.seats.take(connection.peer().fingerprint) else {
+                    tracing::warn!(from = %connection.peer().name, "a peer has as many connections as it may have at once");
+                    connection.close(PeerError::Overloaded);
+                    continue;
+                };
                 let (agent, runtime) = (Arc::clone(&agent), transport.handle().clone());
                 let started = thread::Builder::new()
                     .name("session".into())
-                    .spawn(move || agent.session(&connection, control, &runtime));
+                    .spawn(move || {
+                        agent.session(&connection, control, &runtime);
+                        drop(seat);
+                    });
                 started.map_err(system("starting a session's thread"))?;
             }
             Err(RecvTimeoutError::Timeout) => {}
@@ -179,7 +195,7 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
         }
     }
     stopping.abort();
-    transport.handle().block_on(listener.close(PeerError::Done));
+    door.handle().block_on(listener.close(PeerError::Done));
     tracing::info!("stopped");
     Ok(())
 }
@@ -261,6 +277,7 @@ const ADOPTION_PAUSE: Duration = Duration::from_secs(2);
 struct Agent {
     host: Host,
     journals: JournalDir,
+    seats: Arc<Seats>,
     /// Arrivals under way, and where to ask them.
     arrivals: Mutex<HashMap<MigrationId, UnderWay>>,
     draining: AtomicBool,
@@ -456,6 +473,9 @@ impl Agent {
         );
         if let Err(error) = lock.claim(holder) {
             return Err(refuse(PeerError::Internal, &error.to_string()));
+        }
+        if arrivals.len() >= MAX_ARRIVALS {
+            return refuse(PeerError::Overloaded);
         }
         let under_way = UnderWay {
             peer: peer.fingerprint.to_string(),

@@ -2,6 +2,10 @@
 //!
 //! Strangers, versions and lengths are tests/transport.rs's, paths are tests/rootfs.rs's. Needs root and CRIU.
 
+mod support {
+    pub mod strangers;
+}
+
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use migrate::memory::{PageNumber, PageRange, SpaceId};
@@ -11,7 +15,7 @@ use migrate::transport::{
 };
 use migrate::wire::codec::Codec;
 use migrate::wire::message::{
-    Arch, Begin, CgroupVersion, CriuVersion, Message, Requirements, RootfsMode, RoundEnd,
+    Arch, Begin, CgroupVersion, CriuVersion, Message, Query, Requirements, RootfsMode, RoundEnd,
     RoundReceived,
 };
 use migrate::wire::page_frame::{EncodedFrame, FrameEncoder, Run, RunKind};
@@ -21,6 +25,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use support::strangers::first_flights;
 
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -230,5 +235,143 @@ fn a_source_whose_pages_lie_is_rolled_back_and_leaves_nothing() -> Result<()> {
         matches!(taken, Message::RoundReceived(RoundReceived { round: 1 })),
         "{taken:?}"
     );
+    Ok(())
+}
+
+/// An agent, and a host that it trusts.
+struct Scene {
+    agent: Agent,
+    address: SocketAddr,
+    identity: Arc<Identity>,
+    source: tempfile::TempDir,
+    _target: [tempfile::TempDir; 2],
+}
+
+impl Scene {
+    fn new() -> Result<Scene> {
+        let [target, source, runtime] = [(); 3].map(|()| tempfile::tempdir());
+        let (target, source, runtime) = (target?, source?, runtime?);
+        let identity = Arc::new(Identity::load_or_create(source.path())?);
+        let theirs = Identity::load_or_create(target.path())?;
+        TrustStore::in_dir(target.path()).add("source".parse()?, identity.fingerprint())?;
+        TrustStore::in_dir(source.path()).add("target".parse()?, theirs.fingerprint())?;
+        let (agent, address) = agent(target.path(), runtime.path())?;
+        Ok(Scene {
+            agent,
+            address,
+            identity,
+            source,
+            _target: [target, runtime],
+        })
+    }
+
+    fn connector(&self) -> Connector {
+        let trust = TrustStore::in_dir(self.source.path());
+        let settings = Settings {
+            connect_timeout: PATIENCE,
+            ..Settings::default()
+        };
+        Connector::new(self.identity.clone(), trust, settings)
+    }
+
+    /// The agent's memory, in KiB.
+    fn resident(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.agent.0.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let words = line.context("no VmRSS")?.split_whitespace().next();
+        Ok(words.context("no figure")?.parse()?)
+    }
+}
+
+/// Asks what became of a migration that never was.
+async fn ask(connector: &Connector, address: SocketAddr) -> Result<Message> {
+    let (_connection, mut control) = connector.connect(address).await?;
+    let migration = MigrationId::from_bytes([9; 16]);
+    control.send(Query { migration }).await?;
+    let answer = tokio::time::timeout(PATIENCE, control.receive()).await??;
+    answer.context("the agent says nothing")
+}
+
+/// Sends first flights at `rate` a second, for at least `lasting` and until all are sent, and asks meanwhile: how many were sent,
+/// how often an answer came, and the longest time to one.
+async fn flood(
+    scene: &Scene,
+    flights: Vec<Vec<u8>>,
+    rate: u32,
+    lasting: Duration,
+) -> Result<(usize, usize, Duration)> {
+    let (address, connector) = (scene.address, scene.connector());
+    let (over, mut is_over) = tokio::sync::watch::channel(false);
+    let asking = tokio::spawn(async move {
+        let (mut answers, mut longest) = (0, Duration::ZERO);
+        loop {
+            let asked = Instant::now();
+            let answer = ask(&connector, address).await?;
+            anyhow::ensure!(matches!(answer, Message::Outcome(_)), "{answer:?}");
+            (answers, longest) = (answers + 1, longest.max(asked.elapsed()));
+            if *is_over.borrow_and_update() {
+                return anyhow::Ok((answers, longest));
+            }
+        }
+    });
+    // Of a thread of its own, with a new sender for each, as if they were many hosts.
+    let sending = tokio::task::spawn_blocking(move || -> Result<usize> {
+        let (start, mut sent) = (Instant::now(), 0);
+        while sent < flights.len() || start.elapsed() < lasting {
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0")?;
+            socket.send_to(&flights[sent % flights.len()], address)?;
+            sent += 1;
+            let due = start + Duration::from_secs(1) * u32::try_from(sent)? / rate;
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        }
+        Ok(sent)
+    });
+    let sent = sending.await??;
+    over.send_replace(true);
+    let (answers, longest) = asking.await??;
+    Ok((sent, answers, longest))
+}
+
+#[test]
+fn a_flood_of_strangers_costs_next_to_no_memory_and_a_trusted_host_is_answered() -> Result<()> {
+    let scene = Scene::new()?;
+    let runtime = tokio::runtime::Runtime::new()?;
+    let flights = runtime.block_on(first_flights(3000));
+    runtime.block_on(ask(&scene.connector(), scene.address))?;
+    let before = scene.resident()?;
+    let (sent, answers, longest) =
+        runtime.block_on(flood(&scene, flights, 10_000, Duration::ZERO))?;
+    let grown = scene.resident()?.saturating_sub(before);
+    println!("{sent} strangers: {grown} KiB more; {answers} answers, after {longest:?} at most");
+    assert!(grown < 64 << 10, "{sent} strangers cost {grown} KiB");
+    Ok(())
+}
+
+/// The figures of docs/strangers.md: cargo test --release --test hostile -- --ignored --nocapture measured
+#[test]
+#[ignore = "a measurement"]
+fn measured_under_ten_thousand_first_flights_a_second() -> Result<()> {
+    let scene = Scene::new()?;
+    let runtime = tokio::runtime::Runtime::new()?;
+    let flights = runtime.block_on(first_flights(10_000));
+    for rate in [0, 1_000, 10_000] {
+        let before = scene.resident()?;
+        let flights = match rate {
+            0 => Vec::new(),
+            _ => flights.clone(),
+        };
+        let (sent, answers, longest) = match rate {
+            0 => {
+                let asked = Instant::now();
+                runtime.block_on(ask(&scene.connector(), scene.address))?;
+                (0, 1, asked.elapsed())
+            }
+            rate => runtime.block_on(flood(&scene, flights, rate, Duration::from_secs(10)))?,
+        };
+        let now = scene.resident()?;
+        println!(
+            "{rate} a second: {sent} sent; memory {before} → {now} KiB; {answers} answers, the last to come after {longest:?}"
+        );
+    }
     Ok(())
 }

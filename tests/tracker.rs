@@ -13,14 +13,16 @@ mod support {
     pub mod program;
 }
 
-use migrate::kernel::inject;
+use migrate::kernel::inject::{self, InjectError};
 use migrate::kernel::maps::VmaKind;
-use migrate::kernel::ptrace::StopError;
-use migrate::kernel::userfaultfd::{WriteTracker, open_device};
+use migrate::kernel::ptrace::{StopError, living_threads};
+use migrate::kernel::userfaultfd::WriteTracker;
+use migrate::runtime::threads_of_cgroup;
 use migrate::memory::{PageNumber, PageRange, PageSet, VirtAddr};
 use migrate::source::tracker::{Motion, TrackerKind, Untracked, is_tracked};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::time::{Duration, Instant};
 use support::agreement;
@@ -32,6 +34,13 @@ use support::program::{Commanded, Name, program};
 /// How long to wait for a thread that stops as soon as it may run.
 fn patience() -> Duration {
     stretched(Duration::from_secs(10))
+}
+
+/// Makes a userfaultfd in process `pid` while its threads stand still.
+fn attach(pid: i32, patience: Duration) -> Result<OwnedFd, InjectError> {
+    let threads = move || Ok(living_threads(pid).unwrap_or_default());
+    let injected = inject::userfaultfds(vec![vec![pid]], Box::new(threads), patience)?;
+    injected.each.into_iter().next().expect("one was asked for")
 }
 
 /// How long a `vfork` lasts that something is done in, however busy this machine is.
@@ -438,22 +447,120 @@ fn a_vfork_child_is_the_way_in_while_its_parent_waits() {
     let mut dirtier = Commanded::start(&freezer);
     dirtier.obey(&long_vfork());
     let tasks = freezer.tasks_when(|tasks| tasks.len() == 2);
-    let device = open_device().unwrap();
     // It does not stop, however long it is waited for.
     let impatience = stretched(Duration::from_millis(100));
-    let attached = inject::userfaultfd(dirtier.pid(), &device, impatience);
+    let attached = attach(dirtier.pid(), impatience);
     assert!(
         matches!(
             attached,
-            Err(inject::InjectError::Stop(StopError::Uninterruptible { .. }))
+            Err(InjectError::Stop(StopError::Uninterruptible { .. }))
         ),
         "{attached:?}"
     );
     let child = tasks.iter().find(|task| task.pid != dirtier.pid()).unwrap();
-    let made = inject::userfaultfd(child.pid, &device, patience()).unwrap();
-    WriteTracker::new(made.fd).unwrap();
+    let made = attach(child.pid, patience()).unwrap();
+    WriteTracker::new(made).unwrap();
     freezer.tasks_when(|tasks| tasks.len() == 1);
     dirtier.obey("steps 10");
+}
+
+/// Sibling threads, a process that shares the table and one that may trace it look for the descriptor all the time, and put
+/// another in its place.
+#[test]
+fn nothing_in_a_container_gets_hold_of_a_descriptor_of_the_engine() {
+    if !injects("nothing_in_a_container_gets_hold_of_a_descriptor_of_the_engine") {
+        return;
+    }
+    let freezer = Freezer::new("thief");
+    let mut thief = Commanded::start_program(&freezer, Name::Thief, []);
+    for _ in 0..100 {
+        let mut tracker = opened(TrackerKind::UffdWp);
+        tracker.set_container(&freezer.of_the_engine());
+        let scans = tracker.scan(&freezer.tasks(), Motion::Running).unwrap();
+        assert_eq!(scans.len(), 2, "the program and the process it has forked");
+        for scan in scans {
+            assert!(scan.untracked.is_none(), "{:?}", scan.untracked);
+        }
+    }
+    assert_eq!(thief.ask("caught"), "0", "descriptors were caught");
+}
+
+/// An exec waits until the other threads of its process are gone, and whoever seizes a thread waits for the exec.
+#[test]
+fn a_process_whose_threads_exec_all_the_time_neither_hangs_nor_holds_up_the_engine() {
+    with_each(|kind| {
+        let freezer = Freezer::new("execs");
+        let process = Commanded::start_program(&freezer, Name::Thief, ["exec".as_ref()]);
+        let round = || {
+            let line = std::fs::read(format!("/proc/{}/cmdline", process.pid())).unwrap();
+            let last = line.split(|byte| *byte == 0).filter(|word| !word.is_empty());
+            let last = String::from_utf8(last.last().unwrap_or_default().to_vec()).unwrap();
+            last.parse::<u64>().unwrap_or(0)
+        };
+        let mut tracker = opened(kind);
+        tracker.set_container(&freezer.of_the_engine());
+        let mut attached = 0;
+        for _ in 0..200 {
+            let scans = tracker.scan(&freezer.tasks(), Motion::Running).unwrap();
+            attached += scans
+                .iter()
+                .filter(|scan| scan.untracked.is_none())
+                .count();
+        }
+        println!("{attached} of 200 scans found it attached to");
+        let (before, until) = (round(), Instant::now() + patience());
+        while round() <= before {
+            assert!(Instant::now() < until, "it does not exec any more");
+            std::thread::yield_now();
+        }
+    });
+}
+
+/// The figures of docs/kernels.md: cargo test --test tracker -- --ignored --nocapture measured
+#[test]
+#[ignore = "a measurement"]
+fn measured_standstill_of_an_attach() {
+    for processes in [0, 10, 100, 1000] {
+        let freezer = Freezer::new("standstill");
+        let mut dirtier = Commanded::start(&freezer);
+        if processes > 0 {
+            dirtier.obey(&format!("fork {processes} 0"));
+        }
+        let mut stopped = Vec::new();
+        for _ in 0..5 {
+            let memories: Vec<Vec<i32>> = freezer
+                .tasks()
+                .into_iter()
+                .map(|task| vec![task.pid])
+                .collect();
+            let container = freezer.of_the_engine();
+            let everyone = move || threads_of_cgroup(container.path());
+            let injected =
+                inject::userfaultfds(memories, Box::new(everyone), patience()).unwrap();
+            let made = injected.each.iter().filter(|made| made.is_ok()).count();
+            stopped.push((injected.stopped, made));
+        }
+        stopped.sort();
+        println!("{processes} + 1 processes: median {:?}", stopped[2]);
+    }
+}
+
+#[test]
+fn a_paused_container_is_taken_whole_and_stays_paused() {
+    with_each(|kind| {
+        let freezer = Freezer::new("paused");
+        let mut dirtier = Commanded::start(&freezer);
+        let mut tracker = opened(kind);
+        tracker.set_container(&freezer.of_the_engine());
+        freezer.freeze();
+        let scans = tracker.scan(&freezer.tasks(), Motion::Running).unwrap();
+        assert!(scans[0].untracked.is_some());
+        assert!(freezer.is_frozen());
+        freezer.thaw();
+        dirtier.obey("steps 10");
+        let scans = tracker.scan(&freezer.tasks(), Motion::Running).unwrap();
+        assert!(scans[0].untracked.is_none(), "{:?}", scans[0].untracked);
+    });
 }
 
 #[test]
@@ -533,12 +640,11 @@ fn an_interrupted_sleep_and_sigsuspend_go_on_after_an_attach() {
     }
     let freezer = Freezer::new("sleep");
     let mut dirtier = Commanded::start(&freezer);
-    let device = open_device().unwrap();
     let milliseconds = u64::from(400 * slowness());
     dirtier.obey(&format!("nap {milliseconds}"));
     for _ in 0..10 {
         std::thread::sleep(Duration::from_millis(20));
-        inject::userfaultfd(dirtier.pid(), &device, patience()).unwrap();
+        attach(dirtier.pid(), patience()).unwrap();
     }
     let nap = dirtier.reply();
     let took: u64 = nap
@@ -551,7 +657,7 @@ fn an_interrupted_sleep_and_sigsuspend_go_on_after_an_attach() {
     dirtier.obey("listen");
     for _ in 0..5 {
         std::thread::sleep(Duration::from_millis(10));
-        inject::userfaultfd(dirtier.pid(), &device, patience()).unwrap();
+        attach(dirtier.pid(), patience()).unwrap();
     }
     kill(Pid::from_raw(dirtier.pid()), Signal::SIGUSR1).unwrap();
     assert_eq!(
@@ -568,7 +674,6 @@ fn no_signal_is_lost_while_a_process_is_attached_to() {
     }
     let freezer = Freezer::new("signals");
     let mut dirtier = Commanded::start(&freezer);
-    let device = open_device().unwrap();
     dirtier.obey("threads 1");
     dirtier.obey("count");
     let (mut attached, mut sent) = (0, 0);
@@ -580,7 +685,7 @@ fn no_signal_is_lost_while_a_process_is_attached_to() {
             .spawn()
             .unwrap();
         while flood.try_wait().unwrap().is_none() {
-            inject::userfaultfd(dirtier.pid(), &device, patience()).unwrap();
+            attach(dirtier.pid(), patience()).unwrap();
             attached += 1;
         }
         sent += count;
@@ -596,11 +701,10 @@ fn a_stopped_process_can_be_attached_to_and_stays_stopped() {
     }
     let freezer = Freezer::new("stopped");
     let mut dirtier = Commanded::start(&freezer);
-    let device = open_device().unwrap();
     let pid = Pid::from_raw(dirtier.pid());
     kill(pid, Signal::SIGSTOP).unwrap();
     for _ in 0..20 {
-        inject::userfaultfd(dirtier.pid(), &device, patience()).unwrap();
+        attach(dirtier.pid(), patience()).unwrap();
     }
     dirtier.wait_for_state('T');
     kill(pid, Signal::SIGCONT).unwrap();
@@ -608,9 +712,9 @@ fn a_stopped_process_can_be_attached_to_and_stays_stopped() {
     // Stop and continue while attaching: whatever the order, it obeys again after the last SIGCONT.
     for _ in 0..100 {
         kill(pid, Signal::SIGSTOP).unwrap();
-        inject::userfaultfd(dirtier.pid(), &device, patience()).unwrap();
+        attach(dirtier.pid(), patience()).unwrap();
         kill(pid, Signal::SIGCONT).unwrap();
-        inject::userfaultfd(dirtier.pid(), &device, patience()).unwrap();
+        attach(dirtier.pid(), patience()).unwrap();
     }
     dirtier.obey("steps 10");
 }
@@ -620,7 +724,6 @@ fn a_process_that_dies_while_it_is_attached_to_is_told_as_such() {
     if !injects("a_process_that_dies_while_it_is_attached_to_is_told_as_such") {
         return;
     }
-    let device = open_device().unwrap();
     let (mut attached, mut died) = (0, 0);
     for index in 0..u64::MAX {
         // Ever later, until some were attached to.
@@ -639,7 +742,7 @@ fn a_process_that_dies_while_it_is_attached_to_is_told_as_such() {
             }
             kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
         });
-        match inject::userfaultfd(pid, &device, patience()) {
+        match attach(pid, patience()) {
             Ok(_) => attached += 1,
             Err(error) if error.exited() => died += 1,
             Err(error) => panic!("a dying process gave {error:?}"),
@@ -660,8 +763,8 @@ fn a_process_whose_leader_has_exited_is_attached_to_through_another_thread() {
     let mut dirtier = Commanded::start(&freezer);
     dirtier.obey("headless");
     dirtier.wait_for_state('Z');
-    let made = inject::userfaultfd(dirtier.pid(), &open_device().unwrap(), patience()).unwrap();
-    WriteTracker::new(made.fd).unwrap();
+    let made = attach(dirtier.pid(), patience()).unwrap();
+    WriteTracker::new(made).unwrap();
     dirtier.obey("steps 10");
 }
 

@@ -1,5 +1,9 @@
 //! Two endpoints on loopback: who gets in, what crosses, and what happens when it does not.
 
+mod support {
+    pub mod strangers;
+}
+
 use bytes::Bytes;
 use migrate::memory::{PAGE_SIZE, PageNumber, PageRange, SpaceId};
 use migrate::transport::{
@@ -15,8 +19,12 @@ use migrate::wire::version::Version;
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
+use support::strangers::first_flights;
 use tempfile::TempDir;
+use tokio::net::UdpSocket;
+use tokio::sync::mpsc;
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -193,6 +201,50 @@ async fn trust_given_and_taken_counts_from_the_next_handshake() {
     assert_eq!(attempt().await, (true, true));
     target.trust.remove(&peer("source")).expect("removed");
     assert_eq!(attempt().await, (false, false));
+}
+
+/// None of the strangers is given up while the test lasts, and none is there to prove its address.
+#[tokio::test]
+async fn a_trusted_host_gets_in_while_hundreds_of_strangers_knock_and_few_of_them_are_listened_to() {
+    let (source, target) = two_hosts();
+    let flights = first_flights(400).await;
+    let listener = Arc::new(target.listener(patient()));
+    let addr = listener.local_addr().expect("has an address");
+    let (begun, mut handshakes) = (Arc::new(AtomicUsize::new(0)), mpsc::unbounded_channel());
+    let (accepting, counted) = (listener.clone(), begun.clone());
+    tokio::spawn(async move {
+        while let Some(arrival) = accepting.accept().await {
+            counted.fetch_add(1, Ordering::Relaxed);
+            let done = handshakes.0.clone();
+            tokio::spawn(async move { done.send(arrival.handshake().await) });
+        }
+    });
+    let strangers = UdpSocket::bind("127.0.0.1:0").await.expect("a socket");
+    let knock = async || {
+        for (sent, flight) in (1..).zip(&flights) {
+            strangers.send_to(flight, addr).await.expect("sent");
+            if sent % 50 == 0 {
+                // Where none is answered the rest is lost in the socket.
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    };
+    knock().await;
+    let (_connection, mut ask) = source
+        .connector(patient())
+        .connect(addr)
+        .await
+        .expect("a trusted host gets in");
+    ask.send(Commit {}).await.expect("sent");
+    let (_connection, mut answer) = handshakes.1.recv().await.expect("one").expect("trusted");
+    assert_eq!(
+        answer.receive().await.expect("received"),
+        Some(Message::Commit(Commit {}))
+    );
+    knock().await;
+    // Those that were listened to from the start, and the trusted one.
+    let begun = begun.load(Ordering::Relaxed);
+    assert!(begun <= 8 + 1, "{begun} handshakes were begun");
 }
 
 #[tokio::test]

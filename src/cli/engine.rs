@@ -5,6 +5,7 @@ use super::output::{Format, Output};
 use super::plan::{AgentPlan, LogFormat, MovePlan};
 use crate::agent;
 use crate::api::{Canceller, Migration};
+use crate::kernel::ptrace;
 use crate::migration::MigrationId;
 use crate::migration::event::Side;
 use crate::migration::report::{Outcome, Report, Tracker};
@@ -59,6 +60,7 @@ pub fn move_container(plan: &MovePlan) -> anyhow::Result<ExitCode> {
         });
         let result = migration.run().await;
         let _ = shown.await;
+        ptrace::wait_for_stuck();
         let report = result?;
         if let Some(file) = report_file
             && let Err(error) = write_report(file, &report)

@@ -1,49 +1,62 @@
-//! Making a userfaultfd inside another process, whatever that process itself may do.
+//! Making userfaultfds inside other processes, whatever those processes themselves may do.
 //!
-//! A pid and the open `/dev/userfaultfd` enter; a descriptor of a userfaultfd that belongs to that process's memory
-//! leaves. Such a descriptor can only be made by a thread that has the memory, so one thread of the process is stopped
-//! and made to make a few system calls. It needs no capability for them, and its seccomp filter is suspended meanwhile:
+//! Processes enter; descriptors of userfaultfds that belong to their memory leave. Such a descriptor can only be made by a
+//! thread that has the memory, so one thread of each process is made to call userfaultfd(2). It needs no capability for that:
+//! the kernel gives everybody one that leaves its own faults alone (`UFFD_USER_MODE_ONLY`), and one that only tracks writes
+//! (`WP_ASYNC`) never handles any. Its seccomp filter is suspended meanwhile.
 //!
 //! ```text
-//!   us                                        the stopped thread
-//!   PTRACE_SEIZE, INTERRUPT, save   ────────▶ (registers, signal mask, rseq)
-//!                                             mmap        a scratch page
-//!                                             socketpair  a ⇄ b
-//!   take a by pidfd_getfd, send the device ─▶ recvmsg(b)  /dev/userfaultfd
-//!                                             ioctl(USERFAULTFD_IOC_NEW)
-//!   take the new fd by pidfd_getfd  ◀──────── close all, munmap
-//!   restore, detach                 ────────▶ (goes on; a system call it was in restarts)
+//!   us                                        a thread of the process         every other thread of the container
+//!   PTRACE_SEIZE, INTERRUPT all     ────────▶ stops                           stops
+//!   save its registers, signal mask, rseq
+//!   take the new fd by pidfd_getfd  ◀──────── userfaultfd()                   stands still
+//!                                             close()                         stands still
+//!   restore, detach all             ────────▶ goes on; a system call it was   goes on
+//!                                             in restarts
 //! ```
 //!
+//! For the time between the two calls the descriptor is in the process's table, from which its threads, whoever shares the
+//! table, and whoever may trace it could take it. So nothing of the container runs then. Nothing of ours enters the process,
+//! no memory of it is written, and what the calls gave is read from registers.
+//!
 //! Its code is never changed: a `syscall` instruction it already has is used. Signals that arrive meanwhile wait, as
-//! every signal is blocked, and are delivered after. If the engine is killed in those few hundred microseconds the thread
+//! every signal is blocked, and are delivered after. Nothing that a process of the container could make wait for ever is
+//! waited for: memory is only read where it is present, and a call that does not come back ends the standstill of the others,
+//! who may be what it waits for. If the engine is killed in those few hundred microseconds the thread
 //! runs on with foreign registers; nothing the kernel offers prevents that.
 #![allow(unsafe_code)]
 
 use super::arch::{Registers, SYSCALL_INSTRUCTION};
 use super::maps::{self, FileKinds, MapsError, VmaKind};
+use super::pagemap::{Pagemap, ScanError};
 use super::pidfd::{Pidfd, PidfdError};
 use super::ptrace::{
-    HaltedBy, StopError, StoppedThread, TraceOptions, Tracer, living_thread, trace,
+    HaltedBy, Standstill, StopError, StoppedThread, TraceOptions, Tracer, living_thread,
+    living_threads, trace_within,
 };
-use super::userfaultfd::{NEW_FLAGS, USERFAULTFD_IOC_NEW};
-use crate::memory::PAGE_SIZE;
+use super::userfaultfd::NEW_FLAGS;
+use crate::memory::{PAGE_SIZE, PageRange, VirtAddr};
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use std::fs::{File, OpenOptions};
-use std::io::{self, IoSlice};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-/// A userfaultfd that belongs to another process's memory, not yet given its features.
+/// What came of making userfaultfds.
 #[derive(Debug)]
-pub struct ForeignUserfaultfd {
-    /// The descriptor, in this process only.
-    pub fd: OwnedFd,
-    /// How long one thread of the process stood still.
+pub struct Injected {
+    /// For each memory asked for a userfaultfd not yet given its features, in this process only, or why there is none. Where
+    /// there is none the process goes on as it was.
+    pub each: Vec<Result<OwnedFd, InjectError>>,
+    /// How many threads stood still.
+    pub threads: usize,
+    /// How long.
     pub stopped: Duration,
 }
+
+/// The threads that must not run while a descriptor of ours is in a table of theirs, listed anew at each call.
+pub type Everyone = Box<dyn FnMut() -> io::Result<Vec<i32>> + Send>;
 
 /// Why no userfaultfd was made. The process goes on as it was.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +100,20 @@ pub enum InjectError {
         /// The signal.
         signal: i32,
     },
+    /// A call did not come back in time. It was waited for and undone.
+    #[error("process {pid} took more than {} ms for a system call", CALL_PATIENCE.as_millis())]
+    Late {
+        /// The process.
+        pid: i32,
+    },
+    /// The process made something else than was asked for.
+    #[error("process {pid} gave {what} for a userfaultfd")]
+    NotUserfaultfd {
+        /// The process.
+        pid: i32,
+        /// What the descriptor is of.
+        what: String,
+    },
     /// Our side of the exchange failed.
     #[error("{what} process {pid}: {errno}")]
     Exchange {
@@ -111,216 +138,188 @@ impl InjectError {
     }
 }
 
-/// Makes a userfaultfd in the memory of `pid`, waiting at most `patience` for a thread of it to stop.
+/// Makes a userfaultfd in each of several memories, all in one standstill of `everyone`, in which the processes must be. A memory
+/// is named by its processes: the first of which a thread can be stopped is the way in. Each thread may take `patience` to stop.
 ///
-/// `device` is `/dev/userfaultfd`. Needs `CAP_SYS_ADMIN` and `CAP_SYS_PTRACE`, and not to run under seccomp.
-pub fn userfaultfd(
-    pid: i32,
-    device: &File,
+/// Needs `CAP_SYS_ADMIN` and `CAP_SYS_PTRACE`, and not to run under seccomp.
+pub fn userfaultfds(
+    memories: Vec<Vec<i32>>,
+    everyone: Everyone,
     patience: Duration,
-) -> Result<ForeignUserfaultfd, InjectError> {
-    trace(|tracer| make(tracer, pid, device, patience)).map_err(|error| {
-        // A process that is killed while it is worked on fails in any of a dozen ways; what it is in truth shows as soon
-        // as the kernel is done with it.
-        for _ in 0..200 {
-            if error.exited() {
-                break;
-            }
-            if living_thread(pid).is_err() {
-                return InjectError::Stop(StopError::Exited { tid: pid });
-            }
+) -> Result<Injected, StopError> {
+    let count = memories.len();
+    let asked = memories.clone();
+    let mut injected = trace_within(patience + TRACE_PATIENCE, move |tracer| {
+        make_all(tracer, &memories, everyone, patience)
+    })??;
+    debug_assert_eq!(injected.each.len(), count);
+    for (made, pids) in injected.each.iter_mut().zip(&asked) {
+        if let Err(error) = made
+            && !error.exited()
+            && pids.iter().all(|&pid| is_dying(pid))
+        {
+            *error = InjectError::Stop(StopError::Exited { tid: pids[0] });
+        }
+    }
+    Ok(injected)
+}
+
+/// How long a call in a process may take until the others run on.
+const CALL_PATIENCE: Duration = Duration::from_millis(500);
+
+/// How long all of it may take, beside waiting for threads to stop.
+const TRACE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A process that is killed while it is worked on fails in any of a dozen ways; what it is in truth shows as soon
+/// as the kernel is done with it.
+fn is_dying(pid: i32) -> bool {
+    (0..200).any(|_| {
+        let gone = living_thread(pid).is_err();
+        if !gone {
             std::thread::sleep(Duration::from_millis(1));
         }
-        error
+        gone
     })
 }
 
-fn make(
+fn make_all(
     tracer: &Tracer,
-    pid: i32,
-    device: &File,
+    memories: &[Vec<i32>],
+    mut everyone: Everyone,
     patience: Duration,
-) -> Result<ForeignUserfaultfd, InjectError> {
-    let tid = living_thread(pid)?;
-    // The descriptors of a process whose leader has exited can only be reached through a living thread.
-    let pidfd = if tid == pid {
+) -> Result<Injected, StopError> {
+    let began = Instant::now();
+    let standstill = tracer.hold(&mut everyone, TraceOptions::INJECT, patience)?;
+    let mut late = false;
+    let each = memories.iter().map(|pids| {
+        let made = make(&standstill, pids, patience, late);
+        late |= matches!(made, Err(InjectError::Late { .. }));
+        made
+    });
+    let each = each.collect();
+    let threads = standstill.threads();
+    drop(standstill);
+    Ok(Injected {
+        each,
+        threads,
+        stopped: began.elapsed(),
+    })
+}
+
+/// Makes one userfaultfd, unless the standstill has been ended because a call was `late`.
+fn make(
+    standstill: &Standstill<'_>,
+    pids: &[i32],
+    patience: Duration,
+    late: bool,
+) -> Result<OwnedFd, InjectError> {
+    let mut reason = StopError::Exited { tid: pids[0] };
+    // A vfork parent cannot be stopped while it waits, but the child it waits for has the same memory.
+    for &pid in pids {
+        let threads = match living_threads(pid) {
+            Ok(threads) => threads,
+            Err(StopError::Exited { .. }) => continue,
+            Err(error) => return Err(error.into()),
+        };
+        if late {
+            return Err(InjectError::Late { pid });
+        }
+        // The leader is the first; the descriptors of a process whose leader has exited can only be reached through another.
+        match threads.iter().find_map(|&tid| standstill.thread(tid)) {
+            Some(thread) => return make_in(standstill, thread, pid),
+            None => {
+                reason = StopError::Uninterruptible {
+                    tid: pid,
+                    waited: patience,
+                };
+            }
+        }
+    }
+    Err(reason.into())
+}
+
+fn make_in(
+    standstill: &Standstill<'_>,
+    thread: &StoppedThread<'_>,
+    pid: i32,
+) -> Result<OwnedFd, InjectError> {
+    let pidfd = if thread.tid() == pid {
         Pidfd::open(pid)?
     } else {
-        Pidfd::open_thread(tid)?
+        Pidfd::open_thread(thread.tid())?
     };
-    let stopped_at = Instant::now();
-    let mut hands = Hijacked::take(tracer.stop(tid, TraceOptions::INJECT, patience)?, pid)?;
-    let mut fds = Vec::new();
-    let made = exchange(&mut hands, &pidfd, device, &mut fds);
-    for fd in fds {
-        hands.call("close", libc::SYS_close, [fd as u64, 0, 0, 0, 0, 0])?;
-    }
-    let made = made?;
+    let mut hands = Hijacked::take(standstill, thread, pid)?;
+    let flags = NEW_FLAGS | UFFD_USER_MODE_ONLY;
+    let there = hands.call(
+        "userfaultfd",
+        libc::SYS_userfaultfd,
+        [flags as u64, 0, 0, 0, 0, 0],
+    )?;
+    let taken = pidfd.getfd(there as RawFd);
+    hands.call("close", libc::SYS_close, [there, 0, 0, 0, 0, 0])?;
+    let late = hands.late;
     hands.release()?;
-    Ok(ForeignUserfaultfd {
-        fd: made,
-        stopped: stopped_at.elapsed(),
-    })
-}
-
-/// The conversation of the module's picture. Every descriptor opened in the process is put in `fds` to be closed.
-fn exchange(
-    hands: &mut Hijacked<'_>,
-    pidfd: &Pidfd,
-    device: &File,
-    fds: &mut Vec<RawFd>,
-) -> Result<OwnedFd, InjectError> {
-    let page = hands.call(
-        "mmap",
-        libc::SYS_mmap,
-        [
-            0,
-            PAGE_SIZE,
-            (libc::PROT_READ | libc::PROT_WRITE) as u64,
-            (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64,
-            u64::MAX,
-            0,
-        ],
-    )?;
-    let made = exchange_over(hands, pidfd, device, fds, page);
-    hands.call("munmap", libc::SYS_munmap, [page, PAGE_SIZE, 0, 0, 0, 0])?;
-    made
-}
-
-fn exchange_over(
-    hands: &mut Hijacked<'_>,
-    pidfd: &Pidfd,
-    device: &File,
-    fds: &mut Vec<RawFd>,
-    page: u64,
-) -> Result<OwnedFd, InjectError> {
-    let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC;
-    hands.call(
-        "socketpair",
-        libc::SYS_socketpair,
-        [libc::AF_UNIX as u64, kind as u64, 0, page, 0, 0],
-    )?;
-    let pair: [u8; 8] = hands.read(page)?;
-    let (a, b) = (fd_at(&pair, 0), fd_at(&pair, 4));
-    fds.extend([a, b]);
-    let ours = pidfd.getfd(a)?;
-    sendmsg::<()>(
-        ours.as_raw_fd(),
-        &[IoSlice::new(b"u")],
-        &[ControlMessage::ScmRights(&[device.as_raw_fd()])],
-        MsgFlags::empty(),
-        None,
-    )
-    .map_err(|errno| hands.exchange_error("sending /dev/userfaultfd to", errno))?;
-
-    let message = Message::at(page);
-    hands.write(page, &message.bytes)?;
-    let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT;
-    hands.call(
-        "recvmsg",
-        libc::SYS_recvmsg,
-        [b as u64, page, flags as u64, 0, 0, 0],
-    )?;
-    // struct cmsghdr is 16 bytes (length, level, type), then the descriptor.
-    let control: [u8; 24] = hands.read(message.control)?;
-    let header = (
-        u64::from_ne_bytes(*control.first_chunk().expect("8 of 24 bytes")),
-        fd_at(&control, 12),
-    );
-    if header != (20, libc::SCM_RIGHTS) {
-        return Err(hands.exchange_error("handing /dev/userfaultfd to", Errno::EPROTO));
+    let taken = taken?;
+    if late {
+        return Err(InjectError::Late { pid });
     }
-    let device_there = fd_at(&control, 16);
-    fds.push(device_there);
-
-    let uffd = hands.call(
-        "ioctl(USERFAULTFD_IOC_NEW)",
-        libc::SYS_ioctl,
-        [
-            device_there as u64,
-            USERFAULTFD_IOC_NEW,
-            NEW_FLAGS as u64,
-            0,
-            0,
-            0,
-        ],
-    )? as RawFd;
-    fds.push(uffd);
-    Ok(pidfd.getfd(uffd)?)
+    is_userfaultfd(&taken, pid)?;
+    Ok(taken)
 }
 
-/// A `struct msghdr` with one buffer of one byte and room for one descriptor, laid out in a scratch page.
-struct Message {
-    bytes: [u8; 80],
-    /// Where the control message will be.
-    control: u64,
-}
+/// `UFFD_USER_MODE_ONLY` of linux/userfaultfd.h: never handles the kernel's own faults, and is given to everybody.
+const UFFD_USER_MODE_ONLY: libc::c_int = 1;
 
-impl Message {
-    fn at(page: u64) -> Message {
-        let (iovec, payload, control) = (page + 56, page + 72, page + 80);
-        let words = [
-            0,       // msg_name
-            0,       // msg_namelen
-            iovec,   // msg_iov
-            1,       // msg_iovlen
-            control, // msg_control
-            24,      // msg_controllen
-            0,       // msg_flags
-            payload, // iov_base
-            1,       // iov_len
-            0,       // the payload
-        ];
-        let mut bytes = [0; 80];
-        for (place, word) in bytes.chunks_exact_mut(8).zip(words) {
-            place.copy_from_slice(&word.to_ne_bytes());
-        }
-        Message { bytes, control }
+/// No call is made on a descriptor that may be of anything: on some files it would wait for whoever serves them.
+fn is_userfaultfd(fd: &OwnedFd, pid: i32) -> Result<(), InjectError> {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    let link = link
+        .map_err(|error| exchange_error(pid, pid, "looking at what came from", errno_of(&error)))?;
+    if link.as_os_str() != "anon_inode:[userfaultfd]" {
+        let what = link.display().to_string();
+        return Err(InjectError::NotUserfaultfd { pid, what });
     }
+    Ok(())
 }
 
-fn fd_at(bytes: &[u8], offset: usize) -> RawFd {
-    let bytes = bytes[offset..]
-        .first_chunk()
-        .expect("a descriptor is in the buffer");
-    RawFd::from_ne_bytes(*bytes)
-}
-
-/// A stopped thread that makes system calls for us. Dropping it puts everything back and lets the thread go on.
-struct Hijacked<'t> {
-    thread: StoppedThread<'t>,
+/// A stopped thread that makes system calls for us. Dropping it puts everything back.
+struct Hijacked<'s, 't> {
+    standstill: &'s Standstill<'t>,
+    thread: &'s StoppedThread<'t>,
     pid: i32,
-    memory: File,
+    memory: Memory,
     registers: Registers,
     signal_mask: u64,
     /// Address and value of the thread's `rseq_cs`. The kernel clears it when the thread runs outside the critical
     /// section it names; the section must still be aborted when the thread goes on inside.
     critical_section: Option<(u64, u64)>,
     instruction: u64,
-    /// Nothing has been run yet, or everything is back in place.
+    /// Everything is back in place.
     in_place: bool,
+    /// A call did not come back in time, and the others run.
+    late: bool,
 }
 
-impl<'t> Hijacked<'t> {
-    fn take(thread: StoppedThread<'t>, pid: i32) -> Result<Hijacked<'t>, InjectError> {
+impl<'s, 't> Hijacked<'s, 't> {
+    fn take(
+        standstill: &'s Standstill<'t>,
+        thread: &'s StoppedThread<'t>,
+        pid: i32,
+    ) -> Result<Hijacked<'s, 't>, InjectError> {
         let tid = thread.tid();
         let exchange = |what| move |errno| exchange_error(tid, pid, what, errno);
-        let memory = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(format!("/proc/{tid}/mem"))
-            .map_err(|error| exchange("opening the memory of")(errno_of(&error)))?;
+        let memory = Memory::open(tid, pid)?;
         let registers = Registers::read(tid).map_err(exchange("reading the registers of"))?;
         if !registers.native() {
             return Err(InjectError::NotNative { pid });
         }
         let critical_section = match thread.rseq()? {
+            // A critical section that the thread is in was entered just now, so that its mark is present.
             Some(rseq) => {
                 let mut value = [0; 8];
-                memory
-                    .read_exact_at(&mut value, rseq + RSEQ_CS)
-                    .map_err(|error| exchange("reading struct rseq of")(errno_of(&error)))?;
-                Some((rseq + RSEQ_CS, u64::from_ne_bytes(value))).filter(|(_, value)| *value != 0)
+                let present = memory.read_present(&mut value, rseq + RSEQ_CS)?;
+                let value = u64::from_ne_bytes(value);
+                (present && value != 0).then_some((rseq + RSEQ_CS, value))
             }
             None => None,
         };
@@ -329,6 +328,7 @@ impl<'t> Hijacked<'t> {
         // SIGKILL and SIGSTOP cannot be blocked; the kernel leaves them out.
         let signal_mask = thread.set_signal_mask(u64::MAX)?;
         Ok(Hijacked {
+            standstill,
             thread,
             pid,
             memory,
@@ -337,6 +337,7 @@ impl<'t> Hijacked<'t> {
             critical_section,
             instruction,
             in_place: false,
+            late: false,
         })
     }
 
@@ -352,37 +353,28 @@ impl<'t> Hijacked<'t> {
             .calling(self.instruction, number, args)
             .write(tid)
             .map_err(|errno| self.exchange_error("writing the registers of", errno))?;
+        let mut late = self.late;
         for _entry_then_exit in 0..2 {
+            let mut is_late = || {
+                // What it waits for may be one of them.
+                self.standstill.end_for_all_but(tid);
+                late = true;
+            };
             self.thread
-                .run_to_syscall()
+                .run_to_syscall(CALL_PATIENCE, &mut is_late)
                 .map_err(|halted| match halted {
                     HaltedBy::Fault(signal) => InjectError::Fault { pid, signal },
                     HaltedBy::Stop(error) => InjectError::Stop(error),
                 })?;
         }
+        self.late = late;
         Registers::read(tid)
             .map_err(|errno| self.exchange_error("reading the registers of", errno))?
             .result()
             .map_err(|errno| InjectError::Call { call, pid, errno })
     }
 
-    fn read<const N: usize>(&self, address: u64) -> Result<[u8; N], InjectError> {
-        let mut bytes = [0; N];
-        self.memory
-            .read_exact_at(&mut bytes, address)
-            .map_err(|error| {
-                self.exchange_error("reading the scratch page of", errno_of(&error))
-            })?;
-        Ok(bytes)
-    }
-
-    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), InjectError> {
-        self.memory
-            .write_all_at(bytes, address)
-            .map_err(|error| self.exchange_error("writing the scratch page of", errno_of(&error)))
-    }
-
-    /// Puts everything back and lets the thread go on.
+    /// Puts everything back, so that the thread may go on.
     fn release(mut self) -> Result<(), InjectError> {
         self.put_back()
     }
@@ -394,7 +386,7 @@ impl<'t> Hijacked<'t> {
         self.in_place = true;
         self.thread.settle()?;
         if let Some((address, value)) = self.critical_section {
-            self.write(address, &value.to_ne_bytes())?;
+            self.memory.write(address, &value.to_ne_bytes())?;
         }
         self.registers
             .write(self.thread.tid())
@@ -416,7 +408,7 @@ fn exchange_error(tid: i32, pid: i32, what: &'static str, errno: Errno) -> Injec
     }
 }
 
-impl Drop for Hijacked<'_> {
+impl Drop for Hijacked<'_, '_> {
     fn drop(&mut self) {
         if let Err(error) = self.put_back()
             && !error.exited()
@@ -429,43 +421,104 @@ impl Drop for Hijacked<'_> {
 /// Offset of `rseq_cs` in `struct rseq` (linux/rseq.h).
 const RSEQ_CS: u64 = 8;
 
+/// The memory of a process, of which only what is present is read: what is not might come from a file system or a userfaultfd
+/// that a process of the container serves, which stands still.
+struct Memory {
+    file: File,
+    pagemap: Pagemap,
+    tid: i32,
+    pid: i32,
+}
+
+impl Memory {
+    fn open(tid: i32, pid: i32) -> Result<Memory, InjectError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(format!("/proc/{tid}/mem"))
+            .map_err(|error| exchange_error(tid, pid, "opening the memory of", errno_of(&error)))?;
+        let pagemap = Pagemap::open(tid).map_err(|error| not_scanned(tid, pid, &error))?;
+        Ok(Memory {
+            file,
+            pagemap,
+            tid,
+            pid,
+        })
+    }
+
+    /// Reads what is at `address`. `false` if it is not all present or not to be read.
+    fn read_present(&self, bytes: &mut [u8], address: u64) -> Result<bool, InjectError> {
+        let end = address.saturating_add(bytes.len() as u64);
+        let last = VirtAddr(end.saturating_sub(1)).page();
+        let first = VirtAddr(address).page();
+        let Some(pages) = PageRange::from_start_len(first, last.0 - first.0 + 1) else {
+            return Ok(false);
+        };
+        let mut present = 0;
+        let read = self
+            .pagemap
+            .read(pages, |_, entry| present += u64::from(entry.present()));
+        match read {
+            Ok(()) => {}
+            Err(ScanError::Exited { .. }) => {
+                return Err(StopError::Exited { tid: self.tid }.into());
+            }
+            Err(_) => return Ok(false),
+        }
+        Ok(present == pages.pages() && self.file.read_exact_at(bytes, address).is_ok())
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), InjectError> {
+        let written = self.file.write_all_at(bytes, address);
+        written.map_err(|error| {
+            exchange_error(
+                self.tid,
+                self.pid,
+                "putting back struct rseq of",
+                errno_of(&error),
+            )
+        })
+    }
+}
+
+fn not_scanned(tid: i32, pid: i32, error: &ScanError) -> InjectError {
+    match error {
+        ScanError::Exited { .. } => StopError::Exited { tid }.into(),
+        _ => exchange_error(tid, pid, "looking at the pages of", Errno::EIO),
+    }
+}
+
 /// The address of a system call instruction in the thread's code: the one it stands behind, one of the vdso's, or any.
-fn syscall_instruction(tid: i32, memory: &File, next: u64) -> Result<Option<u64>, InjectError> {
-    let is_syscall = |address: u64| {
-        let mut code = SYSCALL_INSTRUCTION.map(|_| 0);
-        memory.read_exact_at(&mut code, address).is_ok() && code == SYSCALL_INSTRUCTION
-    };
+fn syscall_instruction(tid: i32, memory: &Memory, next: u64) -> Result<Option<u64>, InjectError> {
     let behind = next.saturating_sub(SYSCALL_INSTRUCTION.len() as u64);
-    if is_syscall(behind) {
+    let mut code = SYSCALL_INSTRUCTION.map(|_| 0);
+    if memory.read_present(&mut code, behind)? && code == SYSCALL_INSTRUCTION {
         return Ok(Some(behind));
     }
     let mut code: Vec<_> = maps::read(tid, &mut FileKinds::default())?
         .into_iter()
-        .filter(|vma| vma.executable)
+        .filter(|vma| vma.executable && vma.kind != VmaKind::Special)
         .collect();
     code.sort_by_key(|vma| vma.kind != VmaKind::Vdso);
-    let mut buffer = vec![0; CODE_CHUNK as usize];
-    for chunk in code
-        .iter()
-        .flat_map(|vma| vma.range.chunks(CODE_CHUNK / PAGE_SIZE))
-    {
-        let start = chunk.start().addr().0;
-        // Code that cannot be read has nothing for us.
-        let Ok(read) = memory.read_at(&mut buffer[..chunk.bytes() as usize], start) else {
-            continue;
-        };
-        let found = buffer[..read]
-            .windows(SYSCALL_INSTRUCTION.len())
-            .position(|bytes| bytes == SYSCALL_INSTRUCTION);
-        if let Some(offset) = found {
-            return Ok(Some(start + offset as u64));
+    let mut page = [0; PAGE_SIZE as usize];
+    for vma in code {
+        for part in vma.range.chunks(1) {
+            let start = part.start().addr().0;
+            // The kernel keeps the vdso itself; it need not have been used yet.
+            let read = match vma.kind {
+                VmaKind::Vdso => memory.file.read_exact_at(&mut page, start).is_ok(),
+                _ => memory.read_present(&mut page, start)?,
+            };
+            let found = page
+                .windows(SYSCALL_INSTRUCTION.len())
+                .position(|bytes| bytes == SYSCALL_INSTRUCTION);
+            if let (true, Some(offset)) = (read, found) {
+                return Ok(Some(start + offset as u64));
+            }
         }
     }
     Ok(None)
 }
-
-/// How much code is searched at once.
-const CODE_CHUNK: u64 = 256 * 1024;
 
 fn errno_of(error: &io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)

@@ -5,25 +5,32 @@
 //! like `epoll_wait`, return `EINTR` instead: signal(7), "Interruption by stop signals").
 //!
 //! The kernel ties a tracee to one tracer *thread*, and a tracee that has not stopped cannot be let go except by that
-//! thread's end. So all tracing happens inside [`trace`], on a thread made for it.
+//! thread's end. So all tracing happens inside [`trace`], on a thread made for it; or inside [`trace_within`], where it may
+//! touch what a hostile process can make wait, and whoever asked must not wait with it.
 #![allow(unsafe_code)]
 
 use nix::errno::Errno;
+use std::cell::Cell;
 use std::collections::HashSet;
 use std::io;
 use std::marker::PhantomData;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Leave to trace, given to the closure of [`trace`]; cannot leave its thread.
 #[derive(Debug)]
 pub struct Tracer {
     _one_thread: PhantomData<*const ()>,
+    /// Every thread that was seized, for [`reap`].
+    seized: Arc<Mutex<Vec<i32>>>,
 }
 
 /// A thread held in a ptrace stop. Dropping it lets it run on.
 #[derive(Debug)]
 pub struct StoppedThread<'t> {
     tid: i32,
+    running: Cell<bool>,
     _tracer: PhantomData<&'t Tracer>,
 }
 
@@ -31,6 +38,12 @@ pub struct StoppedThread<'t> {
 #[derive(Debug)]
 pub struct StoppedProcess<'t> {
     _threads: Vec<StoppedThread<'t>>,
+}
+
+/// All threads of several processes at a standstill: none of them executes an instruction of its own. Dropping it lets them run on.
+#[derive(Debug)]
+pub struct Standstill<'t> {
+    threads: Vec<StoppedThread<'t>>,
 }
 
 /// Why a thread is not stopped.
@@ -59,6 +72,15 @@ pub enum StopError {
         /// The thread.
         tid: i32,
     },
+    /// New threads came faster than they were stopped.
+    #[error("new threads kept coming while the threads were stopped")]
+    Restless,
+    /// The tracing thread has not come back. It goes on, and lets go of all that it holds as soon as it can.
+    #[error("the threads were held for {} s and not given back: is the container paused?", waited.as_secs())]
+    Stuck {
+        /// How long was waited.
+        waited: Duration,
+    },
     /// The kernel refused something else.
     #[error("{what} of thread {tid}: {errno}")]
     Refused {
@@ -75,11 +97,7 @@ pub enum StopError {
 /// to stop.
 pub fn trace<T: Send>(work: impl FnOnce(&Tracer) -> T + Send) -> T {
     std::thread::scope(|scope| {
-        let tracer = scope.spawn(|| {
-            work(&Tracer {
-                _one_thread: PhantomData,
-            })
-        });
+        let tracer = scope.spawn(|| work(&Tracer::new(Arc::default())));
         match tracer.join() {
             Ok(result) => result,
             Err(panic) => std::panic::resume_unwind(panic),
@@ -87,11 +105,111 @@ pub fn trace<T: Send>(work: impl FnOnce(&Tracer) -> T + Send) -> T {
     })
 }
 
+/// As [`trace`], for at most `patience`. After [`StopError::Stuck`] the work goes on by itself until it has put everything back:
+/// nobody else can, and [`wait_for_stuck`] waits for it.
+pub fn trace_within<T: Send + 'static>(
+    patience: Duration,
+    work: impl FnOnce(&Tracer) -> T + Send + 'static,
+) -> Result<T, StopError> {
+    let seized = Arc::new(Mutex::new(Vec::new()));
+    let (done, result) = mpsc::channel();
+    let theirs = Arc::clone(&seized);
+    let under_way = UnderWay::begin();
+    let spawned = std::thread::Builder::new()
+        .name("tracer".into())
+        .spawn(move || {
+            let made = work(&Tracer::new(theirs));
+            drop(under_way);
+            // Whoever asked may have gone.
+            let _ = done.send(made);
+        });
+    let tracer = spawned.map_err(|error| refused("making a thread to trace", 0, errno_of(&error)))?;
+    let asked = Instant::now();
+    loop {
+        match result.recv_timeout(Duration::from_millis(5)) {
+            Ok(made) => {
+                // What it failed to stop is let go by its end.
+                drop(tracer.join());
+                return Ok(made);
+            }
+            Err(RecvTimeoutError::Timeout) if asked.elapsed() > patience => {
+                return Err(StopError::Stuck { waited: patience });
+            }
+            Err(RecvTimeoutError::Timeout) => reap(&seized),
+            Err(RecvTimeoutError::Disconnected) => match tracer.join() {
+                Err(panic) => std::panic::resume_unwind(panic),
+                Ok(()) => return Err(StopError::Stuck { waited: patience }),
+            },
+        }
+    }
+}
+
+/// Waits until nothing is held any more that [`trace_within`] was given up on. Before the process ends: the kernel would let go
+/// of a thread that is in the middle of a system call of ours, and it would run on with foreign registers.
+pub fn wait_for_stuck() {
+    let mut count = UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner);
+    while *count > 0 {
+        let waited = NONE_UNDER_WAY.wait(count);
+        count = waited.unwrap_or_else(PoisonError::into_inner);
+    }
+}
+
+/// How many works of [`trace_within`] have not ended.
+static UNDER_WAY: Mutex<usize> = Mutex::new(0);
+static NONE_UNDER_WAY: Condvar = Condvar::new();
+
+struct UnderWay;
+
+impl UnderWay {
+    fn begin() -> UnderWay {
+        *UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        UnderWay
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        *UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        NONE_UNDER_WAY.notify_all();
+    }
+}
+
+/// Takes dead threads out of the way of an exec. It waits until its thread's siblings are gone, and seized ones are gone only
+/// when they have been reaped; seizing waits for the exec, so the tracing thread cannot do it.
+fn reap(seized: &Mutex<Vec<i32>>) {
+    let seized = seized.lock().unwrap_or_else(PoisonError::into_inner);
+    for &tid in seized.iter() {
+        let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
+        let leader = status.lines().find_map(|line| line.strip_prefix("Tgid:"));
+        let leader: Option<i32> = leader.and_then(|pid| pid.trim().parse().ok());
+        // A process's own end is its parent's to reap.
+        if leader.is_none_or(|pid| pid == tid) {
+            continue;
+        }
+        // A tracee's stop would be taken by any wait for it, so that it is only looked at first.
+        if let Err(StopError::Exited { .. }) = wait(tid, libc::WNOHANG) {
+            let flags = libc::WEXITED | libc::WNOHANG | libc::__WALL;
+            // SAFETY: all zeros is a valid siginfo_t, and it outlives the call.
+            unsafe {
+                let mut info: libc::siginfo_t = std::mem::zeroed();
+                libc::waitid(libc::P_PID, tid as libc::id_t, &raw mut info, flags);
+            }
+        }
+    }
+}
+
 /// The most that counts as waited from one look at a thread to the next. If it was longer we did not run meanwhile, as on a
 /// host that is overloaded or stood still, and then the thread had no chance to stop either.
 const LOOK: Duration = Duration::from_millis(5);
 
 impl Tracer {
+    fn new(seized: Arc<Mutex<Vec<i32>>>) -> Tracer {
+        Tracer {
+            _one_thread: PhantomData,
+            seized,
+        }
+    }
+
     /// Stops thread `tid`, waiting at most `patience` for it.
     ///
     /// # Errors
@@ -102,14 +220,94 @@ impl Tracer {
         options: TraceOptions,
         patience: Duration,
     ) -> Result<StoppedThread<'_>, StopError> {
+        self.seize(tid, options)?;
+        match self.stopped(tid, patience, &|_| false)? {
+            Some(thread) => Ok(thread),
+            None => Err(StopError::Uninterruptible {
+                tid,
+                waited: patience,
+            }),
+        }
+    }
+
+    /// Brings `everyone` to a standstill, waiting at most `patience` for each thread. `everyone` lists the threads of now; it is
+    /// asked until it names none that is new, for what was not yet stopped may have started others.
+    ///
+    /// A thread in an uninterruptible wait does not stop, and need not: on its way out of the kernel it would.
+    ///
+    /// # Errors
+    /// All run on when a thread can neither be stopped nor is known to stand still.
+    pub fn hold(
+        &self,
+        everyone: &mut dyn FnMut() -> io::Result<Vec<i32>>,
+        options: TraceOptions,
+        patience: Duration,
+    ) -> Result<Standstill<'_>, StopError> {
+        let mut standstill = Standstill {
+            threads: Vec::new(),
+        };
+        let mut seen = HashSet::new();
+        for _pass in 0..HOLD_PASSES {
+            let listed =
+                everyone().map_err(|error| refused("listing the threads", 0, errno_of(&error)))?;
+            let fresh: Vec<i32> = listed.into_iter().filter(|tid| seen.insert(*tid)).collect();
+            if fresh.is_empty() {
+                return Ok(standstill);
+            }
+            let mut coming = Vec::new();
+            for tid in fresh {
+                match self.seize(tid, options) {
+                    Ok(()) => coming.push(tid),
+                    Err(StopError::Exited { .. }) => {}
+                    // Held by a debugger. One in the container is held itself, and nobody else lets this one run.
+                    Err(StopError::NotAllowed { .. }) if state(tid, tid) == Some(b't') => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            for tid in coming {
+                let stands_still = Cell::new(false);
+                let enough = |waited| {
+                    stands_still.set(waited > AT_ONCE && state(tid, tid) == Some(b'D'));
+                    stands_still.get()
+                };
+                match self.stopped(tid, patience, &enough) {
+                    Ok(Some(thread)) => standstill.threads.push(thread),
+                    Ok(None) if stands_still.get() => {}
+                    Ok(None) => {
+                        return Err(StopError::Uninterruptible {
+                            tid,
+                            waited: patience,
+                        });
+                    }
+                    Err(StopError::Exited { .. }) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Err(StopError::Restless)
+    }
+
+    /// Seizes a thread and asks it to stop.
+    fn seize(&self, tid: i32, options: TraceOptions) -> Result<(), StopError> {
         request(libc::PTRACE_SEIZE, tid, 0, options.0 as usize).map_err(|errno| match errno {
             // The kernel also answers so for a thread that is exiting.
             Errno::EPERM if !alive(tid, tid) => StopError::Exited { tid },
             Errno::EPERM => StopError::NotAllowed { tid },
             errno => refused("PTRACE_SEIZE", tid, errno),
         })?;
-        request(libc::PTRACE_INTERRUPT, tid, 0, 0)
-            .map_err(|errno| refused("PTRACE_INTERRUPT", tid, errno))?;
+        let mut seized = self.seized.lock().unwrap_or_else(PoisonError::into_inner);
+        seized.push(tid);
+        drop(seized);
+        interrupt(tid)
+    }
+
+    /// Waits until a thread that was asked to stops has; `None` if `patience` or `enough` (asked with the time waited) ends first.
+    fn stopped(
+        &self,
+        tid: i32,
+        patience: Duration,
+        enough: &dyn Fn(Duration) -> bool,
+    ) -> Result<Option<StoppedThread<'_>>, StopError> {
         let (mut waited, mut looked) = (Duration::ZERO, Instant::now());
         loop {
             let stop = wait(tid, libc::WNOHANG)?;
@@ -117,24 +315,24 @@ impl Tracer {
             looked = Instant::now();
             match stop {
                 Some(Stop::Event) => break,
-                // Signals it was just receiving go on to it; the stop we asked for comes after.
-                Some(Stop::Signal(signal)) => resume(libc::PTRACE_CONT, tid, signal)?,
-                Some(Stop::Syscall) => resume(libc::PTRACE_CONT, tid, 0)?,
-                None if waited > patience => {
-                    return Err(StopError::Uninterruptible {
-                        tid,
-                        waited: patience,
-                    });
+                // Signals it was just receiving go on to it. Any stop takes back the one that was asked for.
+                Some(Stop::Signal(signal)) => {
+                    interrupt(tid)?;
+                    resume(libc::PTRACE_CONT, tid, signal)?;
                 }
-                // A running thread stops within microseconds; give way first, sleep only if it takes longer.
-                None if waited < Duration::from_micros(200) => std::thread::yield_now(),
-                None => std::thread::sleep(Duration::from_micros(100)),
+                Some(Stop::Syscall) => {
+                    interrupt(tid)?;
+                    resume(libc::PTRACE_CONT, tid, 0)?;
+                }
+                None if waited > patience || enough(waited) => return Ok(None),
+                None => pause(waited),
             }
         }
-        Ok(StoppedThread {
+        Ok(Some(StoppedThread {
             tid,
+            running: Cell::new(false),
             _tracer: PhantomData,
-        })
+        }))
     }
 
     /// Stops every thread of process `pid`, waiting at most `patience` for each.
@@ -163,6 +361,39 @@ impl Tracer {
                 seen.insert(tid);
             }
         }
+    }
+}
+
+/// How long a thread may be in a wait that only looks uninterruptible, as for a lock.
+const AT_ONCE: Duration = Duration::from_millis(5);
+
+/// How often the threads are listed, at most, until none is new. Each pass leaves only children of what the pass before missed.
+const HOLD_PASSES: usize = 16;
+
+/// A running thread stops within microseconds: gives way first, and sleeps only if it takes longer.
+fn pause(waited: Duration) {
+    if waited < Duration::from_micros(200) {
+        std::thread::yield_now();
+    } else {
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
+impl<'t> Standstill<'t> {
+    /// How many threads were stopped for it.
+    pub fn threads(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// The one with this id, unless it stands still in the kernel only.
+    pub fn thread(&self, tid: i32) -> Option<&StoppedThread<'t>> {
+        self.threads.iter().find(|thread| thread.tid == tid)
+    }
+
+    /// Lets all but one run on.
+    pub fn end_for_all_but(&self, tid: i32) {
+        let others = self.threads.iter().filter(|thread| thread.tid != tid);
+        others.for_each(StoppedThread::run_on);
     }
 }
 
@@ -209,13 +440,15 @@ pub fn living_threads(pid: i32) -> Result<Vec<i32>, StopError> {
 
 /// Whether `/proc/PID/task/TID/stat` shows a thread that still has its memory.
 fn alive(pid: i32, tid: i32) -> bool {
-    let stat = std::fs::read(format!("/proc/{pid}/task/{tid}/stat")).unwrap_or_default();
+    !matches!(state(pid, tid), None | Some(b'Z' | b'X' | b'x'))
+}
+
+/// The state that `/proc/PID/task/TID/stat` shows, if the thread is there.
+fn state(pid: i32, tid: i32) -> Option<u8> {
+    let stat = std::fs::read(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
     // The state follows the name, which is in parentheses and may hold any byte, these included.
-    let state = stat
-        .iter()
-        .rposition(|&byte| byte == b')')
-        .and_then(|end| stat.get(end + 2));
-    !matches!(state, None | Some(b'Z' | b'X' | b'x'))
+    let end = stat.iter().rposition(|&byte| byte == b')')?;
+    stat.get(end + 2).copied()
 }
 
 impl StoppedThread<'_> {
@@ -225,12 +458,17 @@ impl StoppedThread<'_> {
     }
 
     /// Lets it run to the next entry to or exit from a system call. Its memory of signals is kept: those that arrive
-    /// and are not blocked are delivered on the way.
-    pub(super) fn run_to_syscall(&self) -> Result<(), HaltedBy> {
+    /// and are not blocked are delivered on the way. `late` is told, once, when it takes longer than `patience`, and it is
+    /// waited for further: its registers can only be put back when it stops.
+    pub(super) fn run_to_syscall(
+        &self,
+        patience: Duration,
+        late: &mut dyn FnMut(),
+    ) -> Result<(), HaltedBy> {
         let mut signal = 0;
         loop {
             resume(libc::PTRACE_SYSCALL, self.tid, signal)?;
-            match wait_blocking(self.tid)? {
+            match wait_patiently(self.tid, patience, late)? {
                 Stop::Syscall => return Ok(()),
                 Stop::Event => signal = 0,
                 Stop::Signal(
@@ -246,10 +484,9 @@ impl StoppedThread<'_> {
     /// From a system call stop back to the kind of stop [`Tracer::stop`] makes, executing nothing. Only there, inside
     /// the kernel's signal delivery, does an interrupted system call restart when the thread is let go.
     pub(super) fn settle(&self) -> Result<(), StopError> {
-        request(libc::PTRACE_INTERRUPT, self.tid, 0, 0)
-            .map_err(|errno| refused("PTRACE_INTERRUPT", self.tid, errno))?;
         let mut signal = 0;
         loop {
+            interrupt(self.tid)?;
             resume(libc::PTRACE_CONT, self.tid, signal)?;
             match wait_blocking(self.tid)? {
                 Stop::Event => return Ok(()),
@@ -298,10 +535,19 @@ impl StoppedThread<'_> {
     }
 }
 
+impl StoppedThread<'_> {
+    /// Lets it run on before it is dropped.
+    fn run_on(&self) {
+        if !self.running.replace(true) {
+            // Fails only if the thread is dead, which leaves nothing to let go. A stop by job control resumes as one.
+            let _ = request(libc::PTRACE_DETACH, self.tid, 0, 0);
+        }
+    }
+}
+
 impl Drop for StoppedThread<'_> {
     fn drop(&mut self) {
-        // Fails only if the thread is dead, which leaves nothing to let go. A stop by job control resumes as one.
-        let _ = request(libc::PTRACE_DETACH, self.tid, 0, 0);
+        self.run_on();
     }
 }
 
@@ -327,6 +573,26 @@ enum Stop {
     Syscall,
     /// This signal is about to be delivered.
     Signal(libc::c_int),
+}
+
+fn wait_patiently(
+    tid: i32,
+    patience: Duration,
+    late: &mut dyn FnMut(),
+) -> Result<Stop, StopError> {
+    let (mut waited, mut looked) = (Duration::ZERO, Instant::now());
+    loop {
+        if let Some(stop) = wait(tid, libc::WNOHANG)? {
+            return Ok(stop);
+        }
+        waited += looked.elapsed().min(LOOK);
+        looked = Instant::now();
+        if waited > patience {
+            late();
+            return wait_blocking(tid);
+        }
+        pause(waited);
+    }
 }
 
 fn wait_blocking(tid: i32) -> Result<Stop, StopError> {
@@ -373,6 +639,12 @@ fn wait(tid: i32, flags: libc::c_int) -> Result<Option<Stop>, StopError> {
 
 /// `PTRACE_O_TRACESYSGOOD` marks system call stops so.
 const SYSCALL_STOP: libc::c_int = libc::SIGTRAP | 0x80;
+
+/// Asks a seized thread to stop; one that is stopped, to stop again as soon as it is resumed.
+fn interrupt(tid: i32) -> Result<(), StopError> {
+    request(libc::PTRACE_INTERRUPT, tid, 0, 0)
+        .map_err(|errno| refused("PTRACE_INTERRUPT", tid, errno))
+}
 
 fn resume(how: libc::c_uint, tid: i32, signal: libc::c_int) -> Result<(), StopError> {
     request(how, tid, 0, signal as usize).map_err(|errno| refused("resuming", tid, errno))

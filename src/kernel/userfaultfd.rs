@@ -120,8 +120,8 @@ pub fn new_for_self(device: &File) -> Result<OwnedFd, Errno> {
 }
 
 /// `_IO(0xAA, 0x00)` on `/dev/userfaultfd`: a new userfaultfd for the caller's memory.
-pub(super) const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xaa00;
-/// The flags [`USERFAULTFD_IOC_NEW`] is called with.
+const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xaa00;
+/// The flags every userfaultfd is made with.
 pub(super) const NEW_FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK;
 
 /// `_IOWR(0xAA, 0x3F, struct uffdio_api)`.

@@ -13,5 +13,5 @@ mod visitors;
 
 pub use freezer::{FreezeError, Freezer, FreezerState, Frozen, Pinned, is_gone};
 pub use instance::Instance;
-pub use task::{Task, pids_of_cgroup, tasks_of_cgroup};
+pub use task::{Task, pids_of_cgroup, tasks_of_cgroup, threads_of_cgroup};
 pub use visitors::{name_of, visitors};

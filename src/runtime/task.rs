@@ -110,6 +110,32 @@ pub fn pids_of_cgroup(cgroup: &Path) -> io::Result<BTreeSet<i32>> {
     Ok(pids)
 }
 
+/// Every thread in the cgroup and in the cgroups below it.
+pub fn threads_of_cgroup(cgroup: &Path) -> io::Result<Vec<i32>> {
+    // cgroup v2, v1.
+    let listed = match fs::read_to_string(cgroup.join("cgroup.threads")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            fs::read_to_string(cgroup.join("tasks"))?
+        }
+        listed => listed?,
+    };
+    let mut threads: Vec<i32> = listed
+        .lines()
+        .filter_map(|line| line.parse().ok())
+        .filter(|&tid| tid > 0)
+        .collect();
+    for entry in fs::read_dir(cgroup)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            match threads_of_cgroup(&entry.path()) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                below => threads.extend(below.unwrap_or_default()),
+            }
+        }
+    }
+    Ok(threads)
+}
+
 fn collect_pids(cgroup: &Path, pids: &mut BTreeSet<i32>) -> io::Result<()> {
     let listed = fs::read_to_string(cgroup.join("cgroup.procs"))?;
     // A process of another pid namespace shows as 0.

@@ -189,7 +189,10 @@ fn move_container(
         return Ok(report.ended(Outcome::Refused { reasons }, began.elapsed()));
     }
     let cache = KernelCache::prepare(&criu, &plan.state_dir.join("criu"))?;
-    let (tracker, untracked) = open_tracker(plan, cache.skeleton.works())?;
+    let (mut tracker, untracked) = open_tracker(plan, cache.skeleton.works())?;
+    if let Some(tracker) = &mut tracker {
+        tracker.set_container(&container.freezer);
+    }
 
     let (signal, signals) = mpsc::channel();
     let settings = Settings {

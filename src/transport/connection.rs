@@ -581,6 +581,38 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_peer_that_says_more_than_any_migration_has_to_say_is_not_heard_further() {
+        let (_from, mut ask, _to, mut answer) = pair().await;
+        let commit = Message::from(Commit {}).encode().expect("encodes");
+        let body_len = crate::wire::message::MAX_BODY;
+        let mut long = commit[..commit.len() - 2].to_vec();
+        let header_len = long.len();
+        long[header_len - 4..].copy_from_slice(&(body_len as u32).to_le_bytes());
+        long.extend_from_slice(b"{}");
+        long.resize(header_len + body_len, b' ');
+        let saying = async {
+            // It is cut off while it speaks.
+            while ask.sender.try_write_raw(&long).await {}
+        };
+        let hearing = async {
+            let mut heard = 0;
+            loop {
+                match answer.receive().await {
+                    Ok(Some(Message::Commit(_))) => heard += 1,
+                    Ok(other) => panic!("{other:?}"),
+                    Err(error) => break (heard, error),
+                }
+            }
+        };
+        let (heard, error) = tokio::select! {
+            heard = hearing => heard,
+            () = saying => panic!("nobody ended it"),
+        };
+        assert!(matches!(error, TransportError::Endless), "{error}");
+        assert!(heard >= 8, "{heard}");
+    }
+
+    #[tokio::test]
     async fn garbage_on_the_control_stream_is_an_error_for_its_reader() {
         let (_from, mut ask, _to, mut answer) = pair().await;
         ask.send(Commit {}).await.expect("sent");

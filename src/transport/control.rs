@@ -26,8 +26,15 @@ pub struct ControlReceiver {
     stream: RecvStream,
     /// What came of a message that is not yet complete.
     partial: BytesMut,
+    /// How many messages came so far, and how many bytes of them.
+    heard: (u64, u64),
     _connection: Connection,
 }
+
+/// The most messages, and bytes of them, that a peer may say on one connection. A conversation is a few messages a round; they may
+/// wait unread while whoever reads them is busy, so that without an end a peer could fill the memory with them.
+const MAX_MESSAGES: u64 = 1 << 17;
+const MAX_BYTES: u64 = 64 << 20;
 
 /// As much as is taken from the stream at once; a message larger than this comes in several pieces.
 const READ: usize = 64 << 10;
@@ -42,6 +49,7 @@ impl Control {
             receiver: ControlReceiver {
                 stream: receive,
                 partial: BytesMut::new(),
+                heard: (0, 0),
                 _connection: connection.clone(),
             },
         }
@@ -101,6 +109,11 @@ impl ControlReceiver {
         if self.partial.len() < HEADER_LEN + header.body_len {
             return Ok(None);
         }
+        self.heard.0 += 1;
+        self.heard.1 += (HEADER_LEN + header.body_len) as u64;
+        if self.heard.0 > MAX_MESSAGES || self.heard.1 > MAX_BYTES {
+            return Err(TransportError::Endless);
+        }
         self.partial.advance(HEADER_LEN);
         let body = self.partial.split_to(header.body_len);
         Ok(Some(Message::decode(header, &body)?))
@@ -111,6 +124,11 @@ impl ControlReceiver {
 impl ControlSender {
     /// Writes bytes as a hostile peer would.
     pub(super) async fn write_raw(&mut self, bytes: &[u8]) {
-        self.stream.write_all(bytes).await.expect("written");
+        assert!(self.try_write_raw(bytes).await);
+    }
+
+    /// Writes bytes as long as the peer takes them.
+    pub(super) async fn try_write_raw(&mut self, bytes: &[u8]) -> bool {
+        self.stream.write_all(bytes).await.is_ok()
     }
 }

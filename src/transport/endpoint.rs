@@ -2,6 +2,7 @@
 
 use super::connection::{Connection, Peer};
 use super::control::Control;
+use super::door::{Door, Guest, Verdict};
 use super::error::{TransportError, code};
 use super::fingerprint::Fingerprint;
 use super::identity::Identity;
@@ -67,8 +68,10 @@ const STREAM_RECEIVE_WINDOW: u32 = 32 << 20;
 const MAX_STREAMS: u32 = 128;
 /// The largest packet we take, IPv6's larger one; it only tells the peer that we do not mind.
 const MAX_PACKET: u16 = 65_527;
-/// Handshakes going on at once; the rest waits or is refused by quinn.
-const MAX_HANDSHAKES: usize = 64;
+/// First packets that quinn keeps for us to decide on, and bytes of those that follow them. We decide at once.
+const MAX_UNDECIDED: usize = 1024;
+const UNDECIDED_BYTES: u64 = 64 << 10;
+const ALL_UNDECIDED_BYTES: u64 = 4 << 20;
 
 /// Connects to agents.
 #[derive(Clone)]
@@ -94,7 +97,7 @@ impl Connector {
         let deadline = Instant::now() + self.settings.connect_timeout;
         let no_route = |source| TransportError::NoRoute { peer: addr, source };
         let payload = socket::largest_payload(addr).map_err(no_route)?;
-        let verifier = PeerVerifier::new(self.trust.load()?);
+        let verifier = PeerVerifier::new(self.trust.current()?);
         let mut config = tls::client(&self.identity, verifier.clone())?;
         config.transport_config(Arc::new(transport_config(&self.settings, payload)));
 
@@ -129,10 +132,12 @@ pub struct Listener {
     identity: Arc<Identity>,
     trust: TrustStore,
     settings: Settings,
+    door: Arc<Door>,
 }
 
 impl Listener {
-    /// Listens at `addr`. Must be called on the runtime that is to carry the connections.
+    /// Listens at `addr`. Must be called on the runtime that is to sort out what comes; who is let in is carried by the one
+    /// that [`Arrival::handshake`] is called on.
     pub fn bind(
         addr: SocketAddr,
         identity: Arc<Identity>,
@@ -140,8 +145,11 @@ impl Listener {
         settings: Settings,
     ) -> Result<Listener, TransportError> {
         // Every connection gets a configuration of its own; this one only lets packets be understood.
-        let mut config = tls::server(&identity, PeerVerifier::new(Trusted::default()))?;
-        config.max_incoming(MAX_HANDSHAKES);
+        let mut config = tls::server(&identity, PeerVerifier::new(Arc::new(Trusted::default())))?;
+        config
+            .max_incoming(MAX_UNDECIDED)
+            .incoming_buffer_size(UNDECIDED_BYTES)
+            .incoming_buffer_size_total(ALL_UNDECIDED_BYTES);
         let (endpoint, socket) = bind(addr, Some(config))?;
         Ok(Listener {
             endpoint,
@@ -149,6 +157,7 @@ impl Listener {
             identity,
             trust,
             settings,
+            door: Arc::default(),
         })
     }
 
@@ -163,18 +172,30 @@ impl Listener {
             })
     }
 
-    /// The next host that knocks, or `None` after [`Listener::close`].
+    /// The next host that knocks and may try, or `None` after [`Listener::close`].
     ///
-    /// Nothing has been checked yet: let [`Arrival::handshake`] run in a task of its own.
+    /// Who it is has not been checked yet: let [`Arrival::handshake`] run in a task of its own.
     pub async fn accept(&self) -> Option<Arrival> {
-        let incoming = self.endpoint.accept().await?;
-        Some(Arrival {
-            incoming,
-            socket: self.socket.clone(),
-            identity: self.identity.clone(),
-            trust: self.trust.clone(),
-            settings: self.settings.clone(),
-        })
+        loop {
+            let incoming = self.endpoint.accept().await?;
+            let proven = incoming.remote_address_validated();
+            let now = std::time::Instant::now();
+            match self.door.knock(incoming.remote_address(), proven, now) {
+                Verdict::Begin(guest) => {
+                    return Some(Arrival {
+                        incoming,
+                        guest,
+                        socket: self.socket.clone(),
+                        identity: self.identity.clone(),
+                        trust: self.trust.clone(),
+                        settings: self.settings.clone(),
+                    });
+                }
+                // Who has come back from one Retry is proven and gets no second.
+                Verdict::Prove => drop(incoming.retry()),
+                Verdict::Ignore => incoming.ignore(),
+            }
+        }
     }
 
     /// Closes all connections and takes no new ones.
@@ -187,6 +208,7 @@ impl Listener {
 /// A host that knocks.
 pub struct Arrival {
     incoming: quinn::Incoming,
+    guest: Guest,
     socket: Arc<SegmentCap>,
     identity: Arc<Identity>,
     trust: TrustStore,
@@ -199,13 +221,14 @@ impl Arrival {
         self.incoming.remote_address()
     }
 
-    /// Lets the peer in if the trust store knows it now, and agrees on a version.
+    /// Lets the peer in if the trust store knows it now, and agrees on a version. The connection lives on the runtime this is
+    /// called on.
     pub async fn handshake(self) -> Result<(Connection, Control), TransportError> {
         let deadline = Instant::now() + self.settings.connect_timeout;
         let addr = self.incoming.remote_address();
         let payload = socket::largest_payload(addr)
             .map_err(|source| TransportError::NoRoute { peer: addr, source })?;
-        let verifier = PeerVerifier::new(self.trust.load()?);
+        let verifier = PeerVerifier::new(self.trust.current()?);
         let mut config = tls::server(&self.identity, verifier.clone())?;
         config.transport_config(Arc::new(transport_config(&self.settings, payload)));
         self.socket.allow_packets_of(payload);
@@ -213,10 +236,18 @@ impl Arrival {
         let connecting = self.incoming.accept_with(Arc::new(config))?;
         let quic = match timeout_at(deadline, connecting).await {
             Ok(Ok(quic)) => quic,
-            Ok(Err(error)) => return Err(refusal_or(&verifier, error)),
+            Ok(Err(error)) => {
+                let error = refusal_or(&verifier, error);
+                if matches!(error, TransportError::UnknownPeer { .. }) {
+                    self.guest.is_refused();
+                }
+                return Err(error);
+            }
             Err(_) => return Err(TransportError::TimedOut),
         };
         let peer = peer_of(&quic, verifier.trusted())?;
+        // From here on it is a peer, whatever it says.
+        self.guest.is_in();
         let hello = Connection::answer(quic, peer, &self.settings.versions);
         timeout_at(deadline, hello)
             .await

@@ -105,6 +105,9 @@ pub enum TransportError {
     /// A control message is wrong.
     #[error(transparent)]
     Message(#[from] MessageError),
+    /// More control messages came than a conversation has.
+    #[error("the peer says more than any migration has to say")]
+    Endless,
     /// A page frame is wrong.
     #[error(transparent)]
     Frame(#[from] FrameError),
@@ -155,6 +158,7 @@ impl TransportError {
             TransportError::Frame(_) | TransportError::File(_) => PeerError::Malformed,
             TransportError::VersionMismatch { .. } => PeerError::NoCommonVersion,
             TransportError::TimedOut => PeerError::TimedOut,
+            TransportError::Endless => PeerError::Unexpected,
             TransportError::ClosedByPeer(error) | TransportError::StreamGivenUp(error) => *error,
             _ => PeerError::Internal,
         }

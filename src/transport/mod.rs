@@ -20,6 +20,7 @@
 mod blocking;
 mod connection;
 mod control;
+mod door;
 mod endpoint;
 mod error;
 mod files;

@@ -17,7 +17,7 @@ use rustls::{
     CertificateError, CipherSuite, ClientConfig, DigitallySignedStruct, DistinguishedName, Error,
     PeerIncompatible, ServerConfig, SignatureScheme,
 };
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// The name every client asks for; nothing depends on it.
 pub const SERVER_NAME: &str = "migrate";
@@ -28,14 +28,14 @@ const ALPN: &[u8] = b"migrate";
 /// Lets in the peers of one reading of the trust store, and remembers whom it refused.
 #[derive(Debug)]
 pub struct PeerVerifier {
-    trusted: Trusted,
+    trusted: Arc<Trusted>,
     provider: Arc<CryptoProvider>,
     refused: Mutex<Option<Fingerprint>>,
 }
 
 impl PeerVerifier {
     /// A verifier for one handshake.
-    pub fn new(trusted: Trusted) -> Arc<PeerVerifier> {
+    pub fn new(trusted: Arc<Trusted>) -> Arc<PeerVerifier> {
         Arc::new(PeerVerifier {
             trusted,
             provider: provider(),
@@ -119,11 +119,15 @@ fn server_tls(identity: &Identity, verifier: Arc<PeerVerifier>) -> Result<Server
 
 /// aws-lc-rs with AES-128-GCM in front: the cheapest on processors with AES instructions, and QUIC's own initial suite.
 fn provider() -> Arc<CryptoProvider> {
-    let mut provider = aws_lc_rs::default_provider();
-    provider
-        .cipher_suites
-        .sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
-    Arc::new(provider)
+    static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
+    let provider = PROVIDER.get_or_init(|| {
+        let mut provider = aws_lc_rs::default_provider();
+        provider
+            .cipher_suites
+            .sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+        Arc::new(provider)
+    });
+    Arc::clone(provider)
 }
 
 fn no_initial_suite() -> Error {
@@ -236,10 +240,10 @@ mod tests {
     }
 
     fn trusting(identity: &Identity) -> Arc<PeerVerifier> {
-        PeerVerifier::new(Trusted::from_iter([TrustedPeer {
+        PeerVerifier::new(Arc::new(Trusted::from_iter([TrustedPeer {
             name: "peer".parse().expect("a name"),
             fingerprint: identity.fingerprint(),
-        }]))
+        }])))
     }
 
     /// A client that shows `certificate`'s certificate, signed for by `key`'s key, meets a server that trusts it.

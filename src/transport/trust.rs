@@ -2,17 +2,19 @@
 //!
 //! The file is JSON, mode 0600, and replaced as a whole by a rename, so a reader sees the old list or the new one.
 //! Changes hold a lock file beside it, so two `migrate trust add` at once both count. Who accepts connections reads
-//! the file at every handshake; a change needs no restart.
+//! looks at the file at every handshake and reads it when it is another one; a change needs no restart.
 
 use super::fingerprint::Fingerprint;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 use thiserror::Error;
 
 /// The file's name in the directory given to [`TrustStore::in_dir`].
@@ -22,7 +24,50 @@ pub const FILE_NAME: &str = "trusted-peers.json";
 #[derive(Clone, Debug)]
 pub struct TrustStore {
     path: PathBuf,
+    /// What was read last; clones share it.
+    last: Arc<Mutex<Option<Reading>>>,
 }
+
+/// A list as it was read, and from which file.
+#[derive(Debug)]
+struct Reading {
+    stamp: Stamp,
+    trusted: Arc<Trusted>,
+}
+
+/// Tells one state of a file from every other.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    /// Of the last change, in seconds and nanoseconds.
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Stamp {
+        Stamp {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.size(),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+
+    /// Whether a later state could look the same: the file system's clock may stand still for some milliseconds.
+    fn is_fresh(self) -> bool {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = now.map_or(0, |now| i64::try_from(now.as_secs()).unwrap_or(i64::MAX));
+        self.changed.0.abs_diff(now) < FRESH_SECONDS
+    }
+}
+
+/// For so long after a change the file is read every time.
+const FRESH_SECONDS: u64 = 2;
+
+/// The largest list that is read: some ten thousand peers.
+const MAX_BYTES: u64 = 4 << 20;
 
 /// The peers that were trusted when the file was read.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -89,19 +134,55 @@ impl TrustStore {
     pub fn in_dir(dir: &Path) -> TrustStore {
         TrustStore {
             path: dir.join(FILE_NAME),
+            last: Arc::default(),
         }
+    }
+
+    /// The peers now, read again only if the file is another than the last time.
+    pub fn current(&self) -> Result<Arc<Trusted>, TrustError> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let metadata = match fs::metadata(&self.path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Arc::default()),
+            found => found.map_err(in_file("read", &self.path))?,
+        };
+        let stamp = Stamp::of(&metadata);
+        if let Some(reading) = &*last
+            && reading.stamp == stamp
+        {
+            return Ok(Arc::clone(&reading.trusted));
+        }
+        let (trusted, stamp) = self.read()?;
+        let trusted = Arc::new(trusted);
+        *last = stamp
+            .filter(|stamp| !stamp.is_fresh())
+            .map(|stamp| Reading {
+                stamp,
+                trusted: Arc::clone(&trusted),
+            });
+        Ok(trusted)
     }
 
     /// The peers now; none if there is no file.
     pub fn load(&self) -> Result<Trusted, TrustError> {
-        let text = match fs::read(&self.path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Trusted::default()),
-            read => read.map_err(in_file("read", &self.path))?,
+        self.read().map(|(trusted, _)| trusted)
+    }
+
+    /// The peers, and the state of the file they were read from.
+    fn read(&self) -> Result<(Trusted, Option<Stamp>), TrustError> {
+        let file = match File::open(&self.path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((Trusted::default(), None)),
+            opened => opened.map_err(in_file("read", &self.path))?,
         };
-        serde_json::from_slice(&text).map_err(|source| TrustError::Content {
+        let metadata = file.metadata().map_err(in_file("read", &self.path))?;
+        let mut text = Vec::new();
+        file.take(MAX_BYTES)
+            .read_to_end(&mut text)
+            .map_err(in_file("read", &self.path))?;
+        let trusted = serde_json::from_slice(&text).map_err(|source| TrustError::Content {
             path: self.path.clone(),
             source,
-        })
+        })?;
+        Ok((trusted, Some(Stamp::of(&metadata))))
     }
 
     /// Trusts a peer. Adding the same name and fingerprint again changes nothing.
@@ -265,6 +346,34 @@ mod tests {
         format!("sha256:{}", digit.to_string().repeat(64))
             .parse()
             .expect("a fingerprint")
+    }
+
+    #[test]
+    fn an_unchanged_list_is_read_once_and_a_changed_one_again() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = TrustStore::in_dir(dir.path());
+        assert!(store.current().expect("none yet").peers().is_empty());
+        let fingerprint = |digit: &str| format!("sha256:{}", digit.repeat(64)).parse();
+        for digit in ["1", "2", "3"] {
+            let name: PeerName = format!("peer-{digit}").parse().expect("a name");
+            let fingerprint = fingerprint(digit).expect("a fingerprint");
+            store.add(name.clone(), fingerprint).expect("added");
+            let current = store.current().expect("read");
+            assert_eq!(current.name_of(fingerprint), Some(&name));
+            store.remove(&name).expect("removed");
+            let current = store.current().expect("read");
+            assert_eq!(current.name_of(fingerprint), None, "trusted no longer");
+        }
+        let fresh = store.current().expect("read");
+        while !Arc::ptr_eq(&fresh, &store.current().expect("read"))
+            && store.last.lock().expect("unharmed").is_none()
+        {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        let (first, second) = (store.clone().current(), store.current());
+        assert!(Arc::ptr_eq(&first.expect("known"), &second.expect("known")));
+        fs::remove_file(dir.path().join(FILE_NAME)).expect("removed");
+        assert!(store.current().expect("none").peers().is_empty());
     }
 
     #[test]

@@ -60,6 +60,7 @@ peer_errors! {
     5 TimedOut "the peer waited too long"
     6 Cancelled "the peer stopped what it was doing: the migration is over there"
     7 Internal "the peer met a failure of its own; its log says which"
+    8 Overloaded "the peer has as many connections and arrivals as it takes at once; try again later"
     // 100–199: refusals, before anything is frozen.
     100 Draining "the target is shutting down and takes no new migrations"
     101 Busy "this container is already being migrated"

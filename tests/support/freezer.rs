@@ -1,7 +1,7 @@
 //! A cgroup of its own for a test's processes, with the freezer of this host (v1 or v2).
 
 use super::offer::stretched;
-use migrate::runtime::Task;
+use migrate::runtime::{self, Task};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -43,10 +43,26 @@ impl Freezer {
     pub fn freeze(&self) {
         if self.v1 {
             self.set("freezer.state", "FROZEN");
-            self.wait(|| self.get("freezer.state").trim() == "FROZEN");
         } else {
             self.set("cgroup.freeze", "1");
-            self.wait(|| self.get("cgroup.events").contains("frozen 1"));
+        }
+        self.wait(|| self.is_frozen());
+    }
+
+    pub fn is_frozen(&self) -> bool {
+        if self.v1 {
+            self.get("freezer.state").trim() == "FROZEN"
+        } else {
+            self.get("cgroup.events").contains("frozen 1")
+        }
+    }
+
+    /// As the engine knows it.
+    pub fn of_the_engine(&self) -> runtime::Freezer {
+        if self.v1 {
+            runtime::Freezer::V1(self.dir.clone())
+        } else {
+            runtime::Freezer::V2(self.dir.clone())
         }
     }
 

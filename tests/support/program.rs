@@ -18,18 +18,24 @@ pub enum Name {
     Dirtier,
     /// Keeps an exact record of what it writes.
     Recorder,
+    /// Reaches for every descriptor that is put into it.
+    Thief,
 }
 
 /// The built program.
 pub fn program(name: Name) -> &'static Path {
     static DIRTIER: OnceLock<PathBuf> = OnceLock::new();
     static RECORDER: OnceLock<PathBuf> = OnceLock::new();
+    static THIEF: OnceLock<PathBuf> = OnceLock::new();
     match name {
         Name::Dirtier => {
             DIRTIER.get_or_init(|| found_or_built("dirtier", include_str!("../programs/dirtier.c")))
         }
         Name::Recorder => RECORDER
             .get_or_init(|| found_or_built("recorder", include_str!("../programs/recorder.c"))),
+        Name::Thief => {
+            THIEF.get_or_init(|| found_or_built("thief", include_str!("../programs/thief.c")))
+        }
     }
 }
 

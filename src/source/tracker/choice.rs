@@ -5,7 +5,6 @@
 use super::{TrackError, Tracker, TrackerKind, soft_dirty, uffd_wp};
 use crate::kernel::bugs::{Bug, Feature, KnownBug, Need, Reports};
 use crate::kernel::probe::{KernelFeatures, Missing};
-use crate::kernel::userfaultfd;
 use std::fmt;
 
 /// What this host has for tracking.
@@ -92,14 +91,8 @@ impl Trackers {
                 let behaviour = kernel.write_tracking.map_err(unsupported)?;
                 kernel.inject.map_err(unsupported)?;
                 avoided(Feature::UffdWp)?;
-                let device = userfaultfd::open_device()
-                    .map_err(|error| unsupported(Missing::Device(error)))?;
                 let hugetlb_hangs = bugs.threatens(Bug::HugetlbHoleHangs);
-                Ok(Box::new(uffd_wp::UffdWp::new(
-                    device,
-                    behaviour,
-                    hugetlb_hangs,
-                )))
+                Ok(Box::new(uffd_wp::UffdWp::new(behaviour, hugetlb_hangs)))
             }
             TrackerKind::SoftDirty => {
                 kernel.soft_dirty.map_err(unsupported)?;

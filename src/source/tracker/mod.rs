@@ -44,7 +44,7 @@ use crate::kernel::pagemap::{PageIs, Query, ScanError};
 use crate::kernel::probe::Missing;
 use crate::kernel::userfaultfd;
 use crate::memory::{PageSet, SpaceId};
-use crate::runtime::Task;
+use crate::runtime::{Freezer, Task};
 use std::fmt;
 use std::time::Duration;
 
@@ -63,6 +63,10 @@ pub trait Tracker: Send {
     fn watches(&self) -> bool {
         false
     }
+
+    /// Says which container the tasks are of. While something of ours is in a process of it nothing of it runs; without this,
+    /// no listed task does.
+    fn set_container(&mut self, _freezer: &Freezer) {}
 }
 
 /// The ways to track.

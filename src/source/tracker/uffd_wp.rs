@@ -1,6 +1,6 @@
 //! Tracking with a userfaultfd in each address space (`WP_ASYNC`) and `PAGEMAP_SCAN`.
 //!
-//! A new space is attached to (see [`crate::kernel::inject`]), its mappings registered and armed. Later scans ask each
+//! New spaces are attached to, all in one standstill (see [`crate::kernel::inject`]), their mappings registered and armed. Later scans ask each
 //! mapping what was written and arm it again in the same step. Whatever is not registered (mapped, moved or grown since)
 //! is registered now and taken whole. Registration dies with the memory, so an image without one registered mapping is
 //! not the image we knew: the process has called exec.
@@ -17,15 +17,16 @@ use crate::kernel::inject;
 use crate::kernel::maps::{self, FileKinds, Vma, VmaKind};
 use crate::kernel::pagemap::{PageIs, Pagemap, Query, ScanError};
 use crate::kernel::probe::WriteTracking;
-use crate::kernel::ptrace::living_thread;
+use crate::kernel::ptrace::{living_thread, living_threads};
 use crate::kernel::userfaultfd::{self, WriteTracker};
 use crate::memory::{PageRange, PageSet, SpaceId};
-use crate::runtime::Task;
+use crate::runtime::{Freezer, Task, threads_of_cgroup};
 use std::collections::HashMap;
-use std::fs::File;
+use std::io;
 
 pub(super) struct UffdWp {
-    device: File,
+    /// Where the container's threads are listed.
+    container: Option<Freezer>,
     behaviour: WriteTracking,
     /// Arming holes of hugetlb may hang ([`Bug::HugetlbHoleHangs`](crate::kernel::bugs::Bug::HugetlbHoleHangs)).
     hugetlb_hangs: bool,
@@ -51,9 +52,9 @@ enum Look {
 }
 
 impl UffdWp {
-    pub(super) fn new(device: File, behaviour: WriteTracking, hugetlb_hangs: bool) -> UffdWp {
+    pub(super) fn new(behaviour: WriteTracking, hugetlb_hangs: bool) -> UffdWp {
         UffdWp {
-            device,
+            container: None,
             behaviour,
             hugetlb_hangs,
             spaces: HashMap::new(),
@@ -70,30 +71,37 @@ impl Tracker for UffdWp {
     fn scan(&mut self, tasks: &[Task], motion: Motion) -> Result<Vec<SpaceScan>, TrackError> {
         let mut known = std::mem::take(&mut self.spaces);
         let mut kinds = FileKinds::default();
-        let (mut scans, mut fresh) = (Vec::new(), Vec::new());
+        let (mut scans, mut unattached) = (Vec::new(), Vec::new());
         for group in group(tasks)? {
-            let Some(mut space) = known.remove(&key(&group.owner)) else {
-                fresh.push(group);
-                continue;
+            let mut space = match known.remove(&key(&group.owner)) {
+                Some(space) if space.tracker.is_some() => space,
+                untracked => {
+                    unattached.push((group, untracked.map(|space| space.id)));
+                    continue;
+                }
             };
-            match self.look(&group, &mut space, motion, &mut kinds)? {
+            match self.look(&group, &mut space, None, motion, &mut kinds)? {
                 Look::Seen(scan) => {
                     scans.push(scan);
                     self.spaces.insert(key(&group.owner), space);
                 }
-                Look::Replaced => fresh.push(group),
+                Look::Replaced => unattached.push((group, None)),
                 Look::Gone => {}
             }
         }
         // Let go of what is gone before attaching: memory that lives on in another process than the one we knew it by
         // can only be registered again then.
         drop(known);
-        for group in fresh {
+        let groups: Vec<&Sharing> = unattached.iter().map(|(group, _)| group).collect();
+        let attached = self.attach(&groups, tasks, motion);
+        for ((group, id), attached) in unattached.into_iter().zip(attached) {
             let mut space = Space {
-                id: self.numbers.take(),
+                id: id.unwrap_or_else(|| self.numbers.take()),
                 tracker: None,
             };
-            if let Look::Seen(scan) = self.look(&group, &mut space, motion, &mut kinds)? {
+            if let Look::Seen(scan) =
+                self.look(&group, &mut space, Some(attached), motion, &mut kinds)?
+            {
                 scans.push(scan);
                 self.spaces.insert(key(&group.owner), space);
             }
@@ -106,17 +114,23 @@ impl Tracker for UffdWp {
     fn watches(&self) -> bool {
         true
     }
+
+    fn set_container(&mut self, freezer: &Freezer) {
+        self.container = Some(freezer.clone());
+    }
 }
 
 impl UffdWp {
+    /// Looks at a space. One that had no tracker comes with what attaching to it gave.
     fn look(
         &self,
         group: &Sharing,
         space: &mut Space,
+        attached: Option<Result<WriteTracker, Untracked>>,
         motion: Motion,
         kinds: &mut FileKinds,
     ) -> Result<Look, TrackError> {
-        match self.look_at_living(group, space, motion, kinds) {
+        match self.look_at_living(group, space, attached, motion, kinds) {
             Err(error) if error.exited() => Ok(Look::Gone),
             looked => looked,
         }
@@ -126,16 +140,16 @@ impl UffdWp {
         &self,
         group: &Sharing,
         space: &mut Space,
+        attached: Option<Result<WriteTracker, Untracked>>,
         motion: Motion,
         kinds: &mut FileKinds,
     ) -> Result<Look, TrackError> {
         let mut untracked = None;
-        let new = space.tracker.is_none();
-        if new {
-            match self.attach(group, motion) {
-                Ok(tracker) => space.tracker = Some(tracker),
-                Err(reason) => untracked = Some(reason),
-            }
+        let new = attached.is_some();
+        match attached {
+            Some(Ok(tracker)) => space.tracker = Some(tracker),
+            Some(Err(reason)) => untracked = Some(reason),
+            None => {}
         }
         // The mappings are read after attaching, so that none slips in between unregistered and unseen.
         let Ok(pid) = living_thread(group.owner.pid) else {
@@ -186,9 +200,15 @@ impl UffdWp {
         if self.hugetlb_hangs && !registered.is_empty() {
             spare_hugetlb(&mut registered, &maps::read(pid, kinds)?);
         }
+        let mut ours = registered.is_empty();
         for range in registered {
-            // Armed for the next scan; this one takes all that is populated, so that the answer does not matter.
-            eyes.take_written(range)?;
+            // Armed for the next scan; this one takes all that is populated, so that what was written does not matter.
+            ours |= eyes.take_written(range)?;
+        }
+        if new && !ours {
+            // What the tracker registered is nowhere in this memory: it is another's.
+            space.tracker = None;
+            untracked = Some(Untracked::Restless);
         }
         for (range, _) in unknown {
             eyes.take_populated(range)?;
@@ -212,24 +232,51 @@ impl UffdWp {
         }))
     }
 
-    /// Makes a userfaultfd in the memory of the group, through the first member that can be stopped.
-    fn attach(&self, group: &Sharing, motion: Motion) -> Result<WriteTracker, Untracked> {
-        if motion == Motion::Frozen {
-            return Err(Untracked::Frozen);
+    /// Makes a userfaultfd in the memory of each group while the whole container stands still.
+    fn attach(
+        &self,
+        groups: &[&Sharing],
+        tasks: &[Task],
+        motion: Motion,
+    ) -> Vec<Result<WriteTracker, Untracked>> {
+        let all = |reason: &dyn Fn() -> Untracked| groups.iter().map(|_| Err(reason())).collect();
+        // A container that its user has paused does not stop for us, and starts only for him.
+        let paused = |freezer: &Freezer| freezer.is_frozen().unwrap_or(false);
+        if motion == Motion::Frozen || self.container.as_ref().is_some_and(paused) {
+            return all(&|| Untracked::Frozen);
         }
-        let mut reason = Untracked::Restless;
-        // A vfork parent cannot be stopped while it waits, but the child it waits for has the same memory.
-        for task in group.tasks() {
-            match inject::userfaultfd(task.pid, &self.device, PATIENCE) {
-                Ok(made) => {
-                    tracing::debug!(pid = task.pid, stopped = ?made.stopped, "attached");
-                    return WriteTracker::new(made.fd).map_err(Untracked::Userfaultfd);
-                }
-                Err(error) if error.exited() => {}
-                Err(error) => reason = Untracked::Attach(error),
-            }
+        if groups.is_empty() {
+            return Vec::new();
         }
-        Err(reason)
+        let memories = groups.iter();
+        let memories = memories.map(|group| group.tasks().map(|task| task.pid).collect());
+        let injected = inject::userfaultfds(memories.collect(), self.everyone(tasks), PATIENCE);
+        let injected = match injected {
+            Ok(injected) => injected,
+            Err(error) => return all(&|| Untracked::Attach(error.into())),
+        };
+        tracing::debug!(spaces = groups.len(), threads = injected.threads, stopped = ?injected.stopped, "attached");
+        let trackers = injected.each.into_iter().map(|made| match made {
+            Ok(fd) => WriteTracker::new(fd).map_err(Untracked::Userfaultfd),
+            Err(error) => Err(Untracked::Attach(error)),
+        });
+        trackers.collect()
+    }
+
+    /// Lists the threads that could take a descriptor out of a process of the container: all that are in it.
+    fn everyone(&self, tasks: &[Task]) -> inject::Everyone {
+        let container = self.container.clone();
+        let tasks: Vec<i32> = tasks.iter().map(|task| task.pid).collect();
+        Box::new(move || match &container {
+            Some(freezer) => threads_of_cgroup(freezer.path()),
+            None => Ok::<_, io::Error>(
+                tasks
+                    .iter()
+                    .filter_map(|&pid| living_threads(pid).ok())
+                    .flatten()
+                    .collect(),
+            ),
+        })
     }
 
     /// Registers a range.
