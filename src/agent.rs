@@ -459,6 +459,9 @@ impl Agent {
         if arrivals.contains_key(&begin.migration) {
             return Err(refuse(PeerError::Busy, ""));
         }
+        if arrivals.len() >= MAX_ARRIVALS {
+            return Err(refuse(PeerError::Overloaded, ""));
+        }
         let mut lock = ContainerLock::take_now(root, id).map_err(|error| match error {
             LockError::Held { holder, .. } => refuse(PeerError::Busy, &holder.to_string()),
             error => refuse(PeerError::Internal, &error.to_string()),
@@ -473,9 +476,6 @@ impl Agent {
         );
         if let Err(error) = lock.claim(holder) {
             return Err(refuse(PeerError::Internal, &error.to_string()));
-        }
-        if arrivals.len() >= MAX_ARRIVALS {
-            return refuse(PeerError::Overloaded);
         }
         let under_way = UnderWay {
             peer: peer.fingerprint.to_string(),
