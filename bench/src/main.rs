@@ -9,6 +9,7 @@
 //! The gap is what the container itself saw: the longest time its clock stood still. A record is verified only if the
 //! workload found every page right afterwards.
 
+mod chaos;
 mod checkpoint;
 mod engine;
 mod faults;
@@ -68,6 +69,8 @@ enum Command {
     Prefork(prefork::Options),
     /// What a fault costs in post-copy, idle and under full push.
     Faults(faults::Options),
+    /// Moves while things go wrong at random: nothing is measured, everything is judged.
+    Chaos(chaos::Options),
     /// Another benchmark, in a guest of each kernel of scripts/guest.
     InGuests(guests::Arguments),
     /// Part of the benchmark, started by it on a host.
@@ -109,6 +112,7 @@ fn main() -> ExitCode {
         } => core(quick, &systems, &results),
         Command::Trackers(arguments) => trackers::run(&arguments),
         Command::Faults(options) => faults::run(&options),
+        Command::Chaos(options) => chaos::run(&options),
         Command::InGuests(arguments) => guests::run(&arguments),
         Command::Predump(options) => predump::run(&options),
         Command::Modes(options) => modes::run(&options),

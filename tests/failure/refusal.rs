@@ -319,6 +319,7 @@ fn processes_of_another_user_are_refused_without_the_right_to_read_their_limits(
 fn a_disk_that_fills_up_at_the_target_costs_the_container_nothing() -> Result<()> {
     let small = HostOptions {
         state_mib: Some(96),
+        ..HostOptions::default()
     };
     let (a, b) = (Host::new("a")?, Host::with_options("b", &small)?);
     let stage = Stage::new(&a, &b)?;

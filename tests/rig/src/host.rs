@@ -45,6 +45,8 @@ pub struct Host {
 pub struct HostOptions {
     /// Size of `/var/lib/migrate` in MiB, to run out of disk on purpose. `None`: as large as the machine's disk.
     pub state_mib: Option<u32>,
+    /// `/var/lib/migrate` is an ext4 of its own on a loop device, which `fsfreeze` can stall; it needs a size.
+    pub state_on_ext4: bool,
 }
 
 impl Host {
@@ -72,6 +74,11 @@ impl Host {
             .args(["bash", "-c", KEEPER, "keeper", &cgroup])
             .arg(&dir)
             .arg(options.state_mib.unwrap_or(0).to_string())
+            .arg(if options.state_on_ext4 {
+                "ext4"
+            } else {
+                "tmpfs"
+            })
             .current_dir("/")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

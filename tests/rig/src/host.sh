@@ -3,17 +3,18 @@
 # It closes when the test ends its Host, and also when the test panics, is killed or is interrupted: the keeper lives in a
 # session of its own, so nothing a test can do to itself leaves a host behind.
 #
-#   bash -c "$this" keeper CGROUP DIR STATE_MIB
+#   bash -c "$this" keeper CGROUP DIR STATE_MIB STATE_FS
 #
 #   CGROUP     name of the host's cgroup, directly below the root of every hierarchy
 #   DIR        the host's directory, made here; its disk
 #   STATE_MIB  size of the host's state directory in MiB, 0 for as large as the disk below DIR
+#   STATE_FS   what holds it if it has a size: tmpfs, or ext4 on a loop device
 #
 # Prints "ready PID" when the host can be entered through the namespaces of PID.
 
 set -eu
 shopt -s nullglob
-cgroup=$1 dir=$2 state_mib=$3
+cgroup=$1 dir=$2 state_mib=$3 state_fs=$4
 
 # Where the cgroup hierarchies are mounted: "v1 DIR OPTIONS" or "v2 DIR", one a line.
 hierarchies() {
@@ -87,6 +88,11 @@ furnish() {
 	mkdir -p /var/lib/migrate
 	if [ "$state_mib" = 0 ]; then
 		mount --bind "$dir/state" /var/lib/migrate
+	elif [ "$state_fs" = ext4 ]; then
+		truncate -s "${state_mib}M" "$dir/state.img"
+		mkfs.ext4 -q "$dir/state.img"
+		mount -o loop "$dir/state.img" /var/lib/migrate
+		rmdir /var/lib/migrate/lost+found
 	else
 		mount -t tmpfs -o "mode=700,size=${state_mib}m" tmpfs /var/lib/migrate
 	fi
@@ -163,7 +169,7 @@ remove() {
 	rmdir --ignore-fail-on-non-empty "$(dirname "$dir")" 2>/dev/null || true
 }
 
-if [ "${4:-}" = hold ]; then
+if [ "${5:-}" = hold ]; then
 	hold
 fi
 
@@ -174,7 +180,7 @@ make_cgroups
 (
 	join_cgroups
 	trap - INT TERM HUP EXIT
-	exec unshare --net --mount --cgroup -- bash -c "$BASH_EXECUTION_STRING" keeper "$cgroup" "$dir" "$state_mib" hold </dev/null
+	exec unshare --net --mount --cgroup -- bash -c "$BASH_EXECUTION_STRING" keeper "$cgroup" "$dir" "$state_mib" "$state_fs" hold </dev/null
 ) &
 # Else bash reports its death, which is how it ends.
 disown

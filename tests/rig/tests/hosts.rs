@@ -111,7 +111,13 @@ fn what_appears_on_a_host_is_found_as_left_over() -> Result<()> {
 
 #[test]
 fn a_state_directory_of_a_set_size_runs_full() -> Result<()> {
-    let host = Host::with_options("small", &HostOptions { state_mib: Some(4) })?;
+    let host = Host::with_options(
+        "small",
+        &HostOptions {
+            state_mib: Some(4),
+            ..HostOptions::default()
+        },
+    )?;
     let why = host
         .run(
             "dd",
