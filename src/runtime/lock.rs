@@ -13,8 +13,8 @@
 //! The lock is `flock`'s: a process that inherits the descriptor (the guard) holds it without a gap when the first one dies.
 //! Whoever ends the migration removes the file.
 
-use crate::migration::event::Side;
 use crate::migration::MigrationId;
+use crate::migration::event::Side;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};

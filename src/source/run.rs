@@ -21,14 +21,15 @@ use crate::chain::one_line;
 use crate::criu::binary::{Criu, NoCriu};
 use crate::criu::kernel_cache::{KernelCache, KernelCacheError};
 use crate::criu::options::NetworkLock;
+use crate::journal::prune::prune;
 use crate::journal::{Journal, JournalDir, JournalError, JournalName};
-use crate::migration::{ContainerId, MigrationId};
 use crate::migration::event::{Event, Finding, Side, Verdict};
 use crate::migration::handoff::{SourceEvent, SourceState};
 use crate::migration::journal::{self, Record, SourceOpened};
 use crate::migration::mode::{Mode, NoSuchMode, PostCopyNeeds};
 use crate::migration::phase::Timeline;
 use crate::migration::report::{Outcome, PostCopyReport, Report, Sent};
+use crate::migration::{ContainerId, MigrationId};
 use crate::runtime::Freezer;
 use crate::runtime::lock::{ContainerLock, Holder, LockError};
 use crate::runtime::runc::{Container, Runc, RuncError};
@@ -42,7 +43,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
 
 /// How long a target may take to look whether the container can come.
@@ -104,9 +105,7 @@ impl RunError {
     fn is_refusal(&self) -> bool {
         !matches!(
             self,
-            RunError::Journal(_)
-                | RunError::System { .. }
-                | RunError::Lock(LockError::File { .. })
+            RunError::Journal(_) | RunError::System { .. } | RunError::Lock(LockError::File { .. })
         )
     }
 }
@@ -357,7 +356,8 @@ fn lock_container(
         plan.target.to_string(),
         &plan.state_dir,
     );
-    lock.claim(holder).map_err(system("locking the container"))?;
+    lock.claim(holder)
+        .map_err(system("locking the container"))?;
     Ok(Some(lock))
 }
 
@@ -533,7 +533,9 @@ fn open_journal(
         migration,
         side: Side::Source,
     };
-    Ok(JournalDir::open(&plan.state_dir)?.create(name, &Record::SourceOpened(opened))?)
+    let journals = JournalDir::open(&plan.state_dir)?;
+    prune(&journals, SystemTime::now());
+    Ok(journals.create(name, &Record::SourceOpened(opened))?)
 }
 
 fn conclude(

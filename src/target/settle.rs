@@ -69,7 +69,12 @@ pub fn fate(
         side: Side::Target,
     };
     let Some(records) = journals.read(name)? else {
-        return Ok(Some(Fate::UnknownMigration));
+        // A journal is removed when its end is old; that a container is here is known for ever.
+        return Ok(match journals.moved(migration)? {
+            Some(source) if source == fingerprint => Some(Fate::Committed),
+            Some(_) => None,
+            None => Some(Fate::UnknownMigration),
+        });
     };
     let Recovered::Target(recovered) = fold(migration, &records)? else {
         return Ok(Some(Fate::UnknownMigration));
@@ -130,7 +135,13 @@ pub fn settle(
     );
     if settled && !recovered.opened.work_dir.exists() {
         let opened = &recovered.opened;
-        ContainerLock::clear(&opened.runtime_root, opened.container.as_str(), migration);
+        match held {
+            Some(lock) if lock.is_anothers(migration) => {}
+            Some(lock) => lock.is_over(),
+            None => {
+                ContainerLock::clear(&opened.runtime_root, opened.container.as_str(), migration);
+            }
+        }
         return Ok(Some(Settled::Already));
     }
     let opened = &recovered.opened;
@@ -138,8 +149,7 @@ pub fn settle(
     let lock = match held {
         Some(lock) => lock,
         None => {
-            taken = match ContainerLock::take_now(&opened.runtime_root, opened.container.as_str())
-            {
+            taken = match ContainerLock::take_now(&opened.runtime_root, opened.container.as_str()) {
                 Err(LockError::Held { holder, .. }) => {
                     return Ok(Some(Settled::Held(holder.to_string())));
                 }

@@ -237,11 +237,7 @@ impl<'a> Arrival<'a> {
             signals,
             signal,
             work: opened.work_dir.clone(),
-            home: Home::new(
-                &host.state_dir,
-                opened.container.as_str(),
-                opened.migration,
-            ),
+            home: Home::new(&host.state_dir, opened.container.as_str(), opened.migration),
             made: Made::default(),
             lock: Some(lock),
             all_cgroups: Vec::new(),
