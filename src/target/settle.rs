@@ -12,7 +12,7 @@ use crate::migration::journal::{
 };
 use crate::runtime::Task;
 use crate::runtime::home::Home;
-use crate::runtime::lock::{ContainerLock, LockError};
+use crate::runtime::lock::{ContainerLock, Holder, LockError};
 use crate::runtime::runc::Runc;
 use crate::wire::message::Fate;
 use std::path::Path;
@@ -230,10 +230,15 @@ pub fn adopt(state_dir: &Path, migration: MigrationId) -> Result<Adoption, Settl
         return Ok(Adoption::Nothing);
     }
     let RecoveredTarget { opened, owed, .. } = recovered;
-    let lock = match ContainerLock::take_now(&opened.runtime_root, opened.container.as_str()) {
+    let mut lock = match ContainerLock::take_now(&opened.runtime_root, opened.container.as_str()) {
         Err(LockError::Held { .. }) => return Ok(Adoption::Later),
         taken => taken?,
     };
+    let holder = Holder::new(migration, Side::Target, opened.peer_name.clone(), state_dir);
+    if let Err(error) = lock.claim(holder) {
+        tracing::warn!(%error, "the container's lock does not say who has it");
+    }
+    lock.is_not_over();
     let work = opened.work_dir.clone();
     let deadline = Instant::now() + ADOPTION_PATIENCE;
     let adopted = loop {
