@@ -44,6 +44,9 @@ const FIRST_WORD_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a running arrival may take to answer a question.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(8);
 
+/// How long the last attempt to bring a container may take to be gone.
+const LAST_ARRIVAL_PATIENCE: Duration = Duration::from_secs(1);
+
 /// How long a source may take to close the connection when all is said.
 const FAREWELL_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -455,14 +458,15 @@ impl Agent {
                 None => Ok(None),
             };
         }
+        let taken = ContainerLock::take(root, id, LAST_ARRIVAL_PATIENCE);
+        let mut lock = taken.map_err(|error| match error {
+            LockError::Held { holder, .. } => refuse(PeerError::Busy, &holder.to_string()),
+            error => refuse(PeerError::Internal, &error.to_string()),
+        })?;
         let mut arrivals = self.arrivals();
         if arrivals.contains_key(&begin.migration) {
             return Err(refuse(PeerError::Busy, ""));
         }
-        let mut lock = ContainerLock::take_now(root, id).map_err(|error| match error {
-            LockError::Held { holder, .. } => refuse(PeerError::Busy, &holder.to_string()),
-            error => refuse(PeerError::Internal, &error.to_string()),
-        })?;
         let peer = connection.peer();
         // Whatever an earlier migration left unsettled, the runtime knows no such container: nothing of it is here any more.
         let holder = Holder::new(

@@ -49,6 +49,9 @@ use thiserror::Error;
 /// How long a target may take to look whether the container can come.
 const PREFLIGHT_PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long a container that has only just come here may take to be whole.
+const ARRIVAL_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Why a migration ended before it could begin: nothing was touched.
 #[derive(Debug, Error)]
 pub enum RunError {
@@ -346,7 +349,7 @@ fn lock_container(
             None => Ok(None),
         };
     }
-    let mut lock = ContainerLock::take(root, id)?;
+    let mut lock = ContainerLock::take(root, id, ARRIVAL_PATIENCE)?;
     if let Some(earlier) = lock.before().cloned() {
         end_earlier(plan, runc, &earlier, &mut lock)?;
     }
