@@ -10,12 +10,13 @@ mod bounds;
 
 use crate::criu::binary::{Criu, NoCriu};
 use crate::criu::kernel_cache::{KernelCache, KernelCacheError};
+use crate::journal::prune::prune;
 use crate::journal::{JournalDir, JournalError};
 use crate::migration::MigrationId;
 use crate::migration::event::Side;
 use crate::runtime::lock::{ContainerLock, Holder, LockError};
 use crate::runtime::runc::Runc;
-use crate::source::settle as source;
+use crate::source::settle::{self as source, Settled};
 use crate::target::arrival::{Arrival, Host, Resumption, Signal};
 use crate::target::{preflight, settle};
 use crate::transport::{
@@ -27,7 +28,7 @@ use crate::wire::message::{
 };
 use crate::wire::peer_error::PeerError;
 use bounds::{MAX_ARRIVALS, Seats, TurnedAway};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -35,7 +36,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use thiserror::Error;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
@@ -45,6 +46,9 @@ const FIRST_WORD_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long a running arrival may take to answer a question.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(8);
+
+/// How long the last attempt to bring a container may take to be gone.
+const LAST_ARRIVAL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long a source may take to close the connection when all is said.
 const FAREWELL_PATIENCE: Duration = Duration::from_secs(5);
@@ -245,20 +249,14 @@ fn settle_what_a_crash_left(
     journals: &JournalDir,
     state_dir: &Path,
 ) -> Result<Vec<MigrationId>, AgentError> {
+    prune(journals, SystemTime::now());
     let mut owing = Vec::new();
+    let mut unsettled = VecDeque::new();
     for name in journals.list()? {
         if name.side == Side::Source {
-            let state_dir = state_dir.to_path_buf();
-            thread::spawn(move || {
-                match source::settle(&state_dir, name.migration, SOURCE_PATIENCE, None) {
-                    Ok(settled) => {
-                        tracing::debug!(migration = %name.migration, ?settled, "settled")
-                    }
-                    Err(error) => {
-                        tracing::error!(migration = %name.migration, %error, "not settled")
-                    }
-                }
-            });
+            if source::is_unsettled(state_dir, name.migration) {
+                unsettled.push_back(name.migration);
+            }
             continue;
         }
         match settle::settle(state_dir, name.migration, None) {
@@ -268,8 +266,32 @@ fn settle_what_a_crash_left(
             Err(error) => tracing::error!(migration = %name.migration, %error, "not settled"),
         }
     }
+    // A few at a time: each may wait for its target.
+    let threads = unsettled.len().min(SETTLERS);
+    let unsettled = Arc::new(Mutex::new(unsettled));
+    for _ in 0..threads {
+        let (unsettled, state_dir) = (Arc::clone(&unsettled), state_dir.to_path_buf());
+        thread::spawn(move || {
+            let next = || {
+                let mut unsettled = unsettled.lock().unwrap_or_else(PoisonError::into_inner);
+                unsettled.pop_front()
+            };
+            while let Some(migration) = next() {
+                match source::settle(&state_dir, migration, SOURCE_PATIENCE, None) {
+                    Ok(Some(Settled::Held { by })) => {
+                        tracing::info!(%migration, by, "left alone");
+                    }
+                    Ok(settled) => tracing::debug!(%migration, ?settled, "settled"),
+                    Err(error) => tracing::error!(%migration, %error, "not settled"),
+                }
+            }
+        });
+    }
     Ok(owing)
 }
+
+/// How many migrations from here are asked after at once.
+const SETTLERS: usize = 4;
 
 /// Between two attempts to take over a copy whose pager is busy.
 const ADOPTION_PAUSE: Duration = Duration::from_secs(2);
@@ -411,6 +433,7 @@ impl Agent {
                 runtime.spawn(listen(receiver, signal, 0));
                 let end = arrival.run();
                 tracing::info!(container = %begin.container, ?end, "the migration is over");
+                prune(&self.journals, SystemTime::now());
             }
             Err(reason) => {
                 tracing::error!(container = %begin.container, %reason, "cannot receive");
@@ -455,6 +478,11 @@ impl Agent {
                 None => Ok(None),
             };
         }
+        let taken = ContainerLock::take(root, id, LAST_ARRIVAL_PATIENCE);
+        let mut lock = taken.map_err(|error| match error {
+            LockError::Held { holder, .. } => refuse(PeerError::Busy, &holder.to_string()),
+            error => refuse(PeerError::Internal, &error.to_string()),
+        })?;
         let mut arrivals = self.arrivals();
         if arrivals.contains_key(&begin.migration) {
             return Err(refuse(PeerError::Busy, ""));
@@ -462,10 +490,6 @@ impl Agent {
         if arrivals.len() >= MAX_ARRIVALS {
             return Err(refuse(PeerError::Overloaded, ""));
         }
-        let mut lock = ContainerLock::take_now(root, id).map_err(|error| match error {
-            LockError::Held { holder, .. } => refuse(PeerError::Busy, &holder.to_string()),
-            error => refuse(PeerError::Internal, &error.to_string()),
-        })?;
         let peer = connection.peer();
         // Whatever an earlier migration left unsettled, the runtime knows no such container: nothing of it is here any more.
         let holder = Holder::new(

@@ -1,5 +1,6 @@
 //! Ending what a crash left at this host, in whatever role: `migrate recover`.
 
+use crate::journal::prune::prune;
 use crate::journal::{JournalDir, JournalError};
 use crate::migration::MigrationId;
 use crate::migration::event::Side;
@@ -8,7 +9,7 @@ use crate::target::settle as target;
 use crate::wire::message::Fate;
 use std::path::Path;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// How long a target is asked for the outcome of one migration.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -56,7 +57,9 @@ pub fn recover(
     resume_source: Option<MigrationId>,
 ) -> Result<Vec<Finding>, JournalError> {
     let mut findings = Vec::new();
-    for name in JournalDir::open(state_dir)?.list()? {
+    let journals = JournalDir::open(state_dir)?;
+    prune(&journals, SystemTime::now());
+    for name in journals.list()? {
         let end = match name.side {
             Side::Source if resume_source == Some(name.migration) => {
                 source_end(state_dir, name.migration, Sharing::GoOn)

@@ -784,3 +784,53 @@ fn every_page_a_program_knows_it_has_written_is_found_by_each_tracker() {
         assert_eq!(agreement.missed_pages, 0, "{agreement:#?}");
     }
 }
+
+/// Whoever scans takes from the other, so neither is asked for what another has.
+#[test]
+fn memory_that_another_userfaultfd_tracks_is_neither_armed_nor_consumed() {
+    let name = "memory_that_another_userfaultfd_tracks_is_neither_armed_nor_consumed";
+    if !injects(name) {
+        return;
+    }
+    let freezer = Freezer::new("taken");
+    let mut dirtier = Commanded::start(&freezer);
+    let block = dirtier.address("fill 4 0");
+    let mut first = opened(TrackerKind::UffdWp);
+    let mut first_scan = |motion| first.scan(&freezer.tasks(), motion).unwrap().remove(0);
+    first_scan(Motion::Running);
+    dirtier.obey("poke 100 3");
+
+    let pid = freezer.tasks()[0].pid;
+    assert!(migrate::source::tracker::is_tracked_already(pid));
+    let mut second = opened(TrackerKind::UffdWp);
+    for _ in 0..2 {
+        let scanned = second.scan(&freezer.tasks(), Motion::Running);
+        let refused = scanned.expect_err("it took what another tracks");
+        assert!(
+            refused.to_string().contains("another userfaultfd"),
+            "{refused}"
+        );
+    }
+    let written: PageSet = [block_pages(block, 100, 3)].into_iter().collect();
+    let scan = first_scan(Motion::Running);
+    assert_eq!(
+        in_block(&scan.dirty, block, 1024),
+        written,
+        "what the first tracker waited for was taken from it"
+    );
+
+    // The other way round: new memory that another registers meanwhile ends the first one's rounds.
+    drop(second);
+    let made = inject::userfaultfd(dirtier.pid(), &open_device().unwrap(), patience()).unwrap();
+    let other = WriteTracker::new(made.fd).unwrap();
+    let new = dirtier.address("fill 4 0");
+    other.register(block_pages(new, 0, 1024)).unwrap();
+    for motion in [Motion::Running, Motion::Frozen] {
+        if motion == Motion::Frozen {
+            freezer.freeze();
+        }
+        let ended = first.scan(&freezer.tasks(), motion);
+        assert!(ended.is_err(), "{motion:?}: it took another's memory");
+    }
+    freezer.thaw();
+}

@@ -14,7 +14,7 @@ pub enum Exit {
     Internal = 1,
     /// The command line is wrong. Nothing was touched.
     Usage = 2,
-    /// Preflight refused, or the target cannot be reached. Nothing was touched.
+    /// Preflight refused, somebody else is moving the container, or the target cannot be reached. Nothing was touched.
     Refused = 3,
     /// The migration failed before it was decided; the container goes on at the source.
     RolledBack = 4,

@@ -6,6 +6,7 @@
 //!      id                                    this directory's JournalId
 //!      <migration id>.source.jsonl           0600, one JSON record a line, only ever appended to
 //!      <migration id>.target.jsonl
+//!      moved                                 what stays of journals that were removed (prune)
 //! ```
 //!
 //! A line counts when its newline is there: a crash in the middle of a write leaves a torn last line, which is
@@ -15,6 +16,7 @@
 
 mod error;
 mod file;
+pub mod prune;
 
 pub use error::{Doing, JournalError};
 pub use file::{Journal, read_records};
@@ -30,6 +32,9 @@ use crate::migration::{JournalId, MigrationId};
 
 /// The name of the file with the directory's own id.
 const ID_FILE: &str = "id";
+
+/// The name of the file with what stays of journals that were removed.
+const MOVED_FILE: &str = "moved";
 
 /// A host's journal directory.
 #[derive(Clone, Debug)]
@@ -128,6 +133,47 @@ impl JournalDir {
             Err(source) if source.kind() == std::io::ErrorKind::NotFound => Ok(()),
             Err(source) => Err(JournalError::io(Doing::Remove, &path, source)),
         }
+    }
+
+    /// Puts on record, durably, that a container moved here for good, for when its journal is gone.
+    ///
+    /// # Errors
+    /// If it cannot be written: then the journal has to stay.
+    pub fn note_moved(
+        &self,
+        migration: MigrationId,
+        fingerprint: &str,
+    ) -> Result<(), JournalError> {
+        let path = self.path.join(MOVED_FILE);
+        let file = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|source| JournalError::io(Doing::Open, &path, source))?;
+        // The newline before it ends a line that a crash has torn.
+        let line = format!("\n{migration} {fingerprint}\n");
+        (&file)
+            .write_all(line.as_bytes())
+            .and_then(|()| file.sync_all())
+            .map_err(|source| JournalError::io(Doing::Append, &path, source))?;
+        sync_directory(&self.path)
+    }
+
+    /// The source of a container that moved here for good and whose journal is gone; `None` if there is none of that name.
+    ///
+    /// # Errors
+    /// If it cannot be told.
+    pub fn moved(&self, migration: MigrationId) -> Result<Option<String>, JournalError> {
+        let path = self.path.join(MOVED_FILE);
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(source) if source.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(JournalError::io(Doing::Read, &path, source)),
+        };
+        let of = format!("{migration} ");
+        let mut lines = text.split_inclusive('\n');
+        Ok(lines.find_map(|line| Some(line.strip_prefix(&of)?.strip_suffix('\n')?.to_owned())))
     }
 
     /// The path of a journal: what the hook is given.

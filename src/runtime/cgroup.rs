@@ -190,7 +190,10 @@ mod tests {
         let path = own[0].with_file_name(name);
         let made = make(&path).unwrap().expect("new");
         // A new v1 cpuset takes no process; any other hierarchy does.
-        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
         let entered = fs::write(path.join("cgroup.procs"), child.id().to_string());
         if entered.is_ok() {
             assert!(is_occupied(&path).unwrap());

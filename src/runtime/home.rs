@@ -106,7 +106,9 @@ impl Home {
         private.recursive(true).mode(0o700);
         private.create(&self.aside).map_err(failed)?;
         File::create(self.aside.join(MARK))
-            .and_then(|mut mark| writeln!(mark, "{}", self.migration).and_then(|()| mark.sync_all()))
+            .and_then(|mut mark| {
+                writeln!(mark, "{}", self.migration).and_then(|()| mark.sync_all())
+            })
             .map_err(failed)?;
         match renameat_with(CWD, &self.aside, CWD, &self.path, RenameFlags::NOREPLACE) {
             Err(Errno::EXIST) => {

@@ -13,8 +13,8 @@
 //! The lock is `flock`'s: a process that inherits the descriptor (the guard) holds it without a gap when the first one dies.
 //! Whoever ends the migration removes the file.
 
-use crate::migration::event::Side;
 use crate::migration::MigrationId;
+use crate::migration::event::Side;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -30,9 +30,6 @@ use thiserror::Error;
 
 /// More than anyone writes into the file.
 const LARGEST: u64 = 64 << 10;
-
-/// How long a container that has just arrived is waited for: its last pages are put in their places.
-const ARRIVAL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -110,9 +107,13 @@ impl Holder {
 
 impl ContainerLock {
     /// Takes the container `id` of the runtime with this root. One that is taken is refused at once, except that an arrival is
-    /// given a moment to end.
-    pub fn take(root: &Path, id: &str) -> Result<ContainerLock, LockError> {
-        let deadline = Instant::now() + ARRIVAL_PATIENCE;
+    /// given so long to end: its last pages are put in their places, or its last files removed.
+    pub fn take(
+        root: &Path,
+        id: &str,
+        arrival_patience: Duration,
+    ) -> Result<ContainerLock, LockError> {
+        let deadline = Instant::now() + arrival_patience;
         loop {
             match ContainerLock::take_now(root, id) {
                 Err(LockError::Held { holder, .. })
@@ -357,10 +358,12 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let link = root.path().join("link");
         std::os::unix::fs::symlink(root.path(), &link).unwrap();
-        let mut lock = ContainerLock::take(root.path(), "web").unwrap();
-        assert!(ContainerLock::take(root.path(), "other").is_ok());
+        let mut lock = ContainerLock::take_now(root.path(), "web").unwrap();
+        assert!(ContainerLock::take_now(root.path(), "other").is_ok());
         lock.claim(holder()).unwrap();
-        let refused = ContainerLock::take(&link, "web").unwrap_err().to_string();
+        let refused = ContainerLock::take_now(&link, "web")
+            .unwrap_err()
+            .to_string();
         for part in [
             "container web is taken",
             &format!("process {}", std::process::id()),
@@ -387,18 +390,18 @@ mod tests {
     #[test]
     fn what_is_not_over_is_found_by_the_next_and_left_by_one_who_is_not_it() {
         let root = tempfile::tempdir().unwrap();
-        let mut lock = ContainerLock::take(root.path(), "web").unwrap();
+        let mut lock = ContainerLock::take_now(root.path(), "web").unwrap();
         lock.claim(holder()).unwrap();
         lock.leave();
-        let next = ContainerLock::take(root.path(), "web").unwrap();
+        let next = ContainerLock::take_now(root.path(), "web").unwrap();
         assert!(!next.is_anothers(ONE));
         assert!(next.is_anothers(MigrationId::from_bytes([2; 16])));
         drop(next);
-        let mut next = ContainerLock::take(root.path(), "web").unwrap();
+        let mut next = ContainerLock::take_now(root.path(), "web").unwrap();
         assert_eq!(next.before().map(|holder| holder.migration), Some(ONE));
         next.is_over();
         drop(next);
-        let mut last = ContainerLock::take(root.path(), "web").unwrap();
+        let mut last = ContainerLock::take_now(root.path(), "web").unwrap();
         assert!(last.before().is_none());
         last.claim(holder()).unwrap();
         last.leave();
@@ -411,11 +414,11 @@ mod tests {
     #[test]
     fn whoever_inherits_the_lock_holds_it_on() {
         let root = tempfile::tempdir().unwrap();
-        let mut lock = ContainerLock::take(root.path(), "web").unwrap();
+        let mut lock = ContainerLock::take_now(root.path(), "web").unwrap();
         lock.claim(holder()).unwrap();
         let shared = lock.share().unwrap();
         lock.leave();
-        assert!(ContainerLock::take(root.path(), "web").is_err());
+        assert!(ContainerLock::take_now(root.path(), "web").is_err());
         let mut inherited = ContainerLock::inherited(shared, root.path(), "web").unwrap();
         assert!(!inherited.is_anothers(ONE));
         inherited.is_over();
@@ -426,9 +429,9 @@ mod tests {
     #[test]
     fn a_lock_file_that_was_removed_meanwhile_is_not_taken_for_the_lock() {
         let root = tempfile::tempdir().unwrap();
-        let lock = ContainerLock::take(root.path(), "web").unwrap();
+        let lock = ContainerLock::take_now(root.path(), "web").unwrap();
         fs::remove_file(place(root.path(), "web")).unwrap();
-        let next = ContainerLock::take(root.path(), "web").unwrap();
+        let next = ContainerLock::take_now(root.path(), "web").unwrap();
         drop(lock);
         assert!(ContainerLock::look(root.path(), "web").is_some());
         drop(next);

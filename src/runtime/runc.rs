@@ -470,7 +470,12 @@ mod tests {
         // The pid used again, and a restart with the very same pid and tick.
         for (start, created) in [(100, "then"), (99, "now")] {
             let id = "07".repeat(16);
-            write(7, start, created, &format!(r#"["{MARK}={id}","bundle=/b"]"#));
+            write(
+                7,
+                start,
+                created,
+                &format!(r#"["{MARK}={id}","bundle=/b"]"#),
+            );
             assert!(!runc.is("web", &instance).unwrap());
             let record = runc.record("web").unwrap().unwrap();
             assert_eq!(record.came_by.unwrap().to_string(), id);

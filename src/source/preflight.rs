@@ -12,6 +12,7 @@ use crate::kernel::ptrace::living_thread;
 use crate::migration::event::{Finding, Verdict};
 use crate::runtime::runc::{Container, Status};
 use crate::runtime::{Freezer, Task, name_of, visitors};
+use crate::source::tracker;
 use crate::wire::message::{
     Arch, CgroupVersion, CpuFlag, CriuVersion, Requirements, RootfsMode, StdStream,
 };
@@ -157,6 +158,16 @@ pub fn survey(
         refusals.extend(burden.breaks(plan.downtime_limit, None));
     }
     looks.weighed(&burden, &mut refusals);
+    let watched = tasks
+        .iter()
+        .filter(|task| !task.zombie)
+        .find(|task| tracker::is_tracked_already(task.pid));
+    if let Some(task) = watched {
+        refusals.push(format!(
+            "writes to the memory of process {} in container {} are tracked already, by another migration or another tool: end that first",
+            task.vpid, container.id
+        ));
+    }
     let memory_bytes = tasks.iter().map(|task| resident_bytes(task.pid)).sum();
     let memory_limit = memory_limit(&container.spec);
     if let Some(limit) = memory_limit

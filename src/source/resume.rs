@@ -80,7 +80,9 @@ pub enum ServingError {
     #[error("the target says {0}")]
     Answer(String),
     /// The target has lost its records: what it says of the outcome proves nothing.
-    #[error("the target has lost the records it had when the container went there: its word does not count")]
+    #[error(
+        "the target has lost the records it had when the container went there: its word does not count"
+    )]
     OtherJournal,
     /// Sending pages failed.
     #[error(transparent)]

@@ -22,14 +22,15 @@ use crate::chain::one_line;
 use crate::criu::binary::{Criu, NoCriu};
 use crate::criu::kernel_cache::{KernelCache, KernelCacheError};
 use crate::criu::options::NetworkLock;
+use crate::journal::prune::prune;
 use crate::journal::{Journal, JournalDir, JournalError, JournalName};
-use crate::migration::{ContainerId, MigrationId};
 use crate::migration::event::{Event, Finding, Side, Verdict};
 use crate::migration::handoff::{SourceEvent, SourceState};
 use crate::migration::journal::{self, Record, SourceOpened};
 use crate::migration::mode::{Mode, NoSuchMode, PostCopyNeeds};
 use crate::migration::phase::Timeline;
 use crate::migration::report::{Outcome, PostCopyReport, Report, Sent};
+use crate::migration::{ContainerId, MigrationId};
 use crate::runtime::Freezer;
 use crate::runtime::lock::{ContainerLock, Holder, LockError};
 use crate::runtime::runc::{Container, Runc, RuncError};
@@ -43,11 +44,14 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
 
 /// How long a target may take to look whether the container can come.
 const PREFLIGHT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a container that has only just come here may take to be whole.
+const ARRIVAL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why a migration ended before it could begin: nothing was touched.
 #[derive(Debug, Error)]
@@ -392,7 +396,7 @@ fn lock_container(
             None => Ok(None),
         };
     }
-    let mut lock = ContainerLock::take(root, id)?;
+    let mut lock = ContainerLock::take(root, id, ARRIVAL_PATIENCE)?;
     if let Some(earlier) = lock.before().cloned() {
         end_earlier(plan, runc, &earlier, &mut lock)?;
     }
@@ -402,7 +406,8 @@ fn lock_container(
         plan.target.to_string(),
         &plan.state_dir,
     );
-    lock.claim(holder).map_err(system("locking the container"))?;
+    lock.claim(holder)
+        .map_err(system("locking the container"))?;
     Ok(Some(lock))
 }
 
@@ -579,7 +584,9 @@ fn open_journal(
         migration,
         side: Side::Source,
     };
-    Ok(JournalDir::open(&plan.state_dir)?.create(name, &Record::SourceOpened(opened))?)
+    let journals = JournalDir::open(&plan.state_dir)?;
+    prune(&journals, SystemTime::now());
+    Ok(journals.create(name, &Record::SourceOpened(opened))?)
 }
 
 fn conclude(

@@ -270,7 +270,11 @@ pub fn settle_as(
     let (root, id) = (&opened.runtime_root, opened.container.as_str());
     if is_over(state_dir, &recovered) {
         // Neither is a container locked for it, nor a journal opened: there may be many of these.
-        ContainerLock::clear(root, id, migration);
+        match held {
+            Some(lock) if lock.is_anothers(migration) => {}
+            Some(lock) => lock.is_over(),
+            None => ContainerLock::clear(root, id, migration),
+        }
         return Ok(Some(Settled::Already));
     }
     let mut taken;
@@ -373,6 +377,18 @@ fn is_over(state_dir: &Path, recovered: &RecoveredSource) -> bool {
         recovered.last,
         SourceRecord::RolledBack | SourceRecord::Closed
     ) && !Plan::work_dir(state_dir, recovered.opened.migration).exists()
+}
+
+/// Whether anything is left to do for a migration from here; one whose journal cannot be read is left to whoever settles it.
+pub fn is_unsettled(state_dir: &Path, migration: MigrationId) -> bool {
+    let name = JournalName {
+        migration,
+        side: Side::Source,
+    };
+    let recovered = JournalDir::open(state_dir)
+        .map_err(SettleError::from)
+        .and_then(|journals| recovered(&journals, name));
+    !matches!(recovered, Ok(Some(recovered)) if is_over(state_dir, &recovered))
 }
 
 /// Whether a migration from here may still have to do with this very container: then no other may begin.

@@ -201,7 +201,7 @@ impl<'a> Arrival<'a> {
         signal: Sender<Signal>,
         signals: Signals<Signal>,
         journals: &JournalDir,
-        lock: ContainerLock,
+        mut lock: ContainerLock,
     ) -> Result<Arrival<'a>, String> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let work = host
@@ -226,6 +226,8 @@ impl<'a> Arrival<'a> {
         let journal = journals
             .create(name, &Record::TargetOpened(opened))
             .map_err(|error| text(&error))?;
+        // Until it is settled, whatever becomes of this process.
+        lock.is_not_over();
         let limits = PageStoreLimits {
             spaces: MOST_SPACES,
             // Pages may be written anew while they are counted; what a peer says it needs is held to twice.

@@ -241,7 +241,10 @@ impl Copy<'_> {
             Some(record)
                 if record.came_by == Some(self.migration)
                     && self.made.record.is_none_or(is_it)
-                    && record.bundle.as_deref().is_some_and(|bundle| self.is_home(bundle)) =>
+                    && record
+                        .bundle
+                        .as_deref()
+                        .is_some_and(|bundle| self.is_home(bundle)) =>
             {
                 Owner::Ours(record)
             }

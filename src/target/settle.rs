@@ -12,7 +12,7 @@ use crate::migration::journal::{
 };
 use crate::runtime::Task;
 use crate::runtime::home::Home;
-use crate::runtime::lock::{ContainerLock, LockError};
+use crate::runtime::lock::{ContainerLock, Holder, LockError};
 use crate::runtime::runc::Runc;
 use crate::wire::message::Fate;
 use std::path::Path;
@@ -69,7 +69,12 @@ pub fn fate(
         side: Side::Target,
     };
     let Some(records) = journals.read(name)? else {
-        return Ok(Some(Fate::UnknownMigration));
+        // A journal is removed when its end is old; that a container is here is known for ever.
+        return Ok(match journals.moved(migration)? {
+            Some(source) if source == fingerprint => Some(Fate::Complete),
+            Some(_) => None,
+            None => Some(Fate::UnknownMigration),
+        });
     };
     let Recovered::Target(recovered) = fold(migration, &records)? else {
         return Ok(Some(Fate::UnknownMigration));
@@ -130,7 +135,13 @@ pub fn settle(
     );
     if settled && !recovered.opened.work_dir.exists() {
         let opened = &recovered.opened;
-        ContainerLock::clear(&opened.runtime_root, opened.container.as_str(), migration);
+        match held {
+            Some(lock) if lock.is_anothers(migration) => {}
+            Some(lock) => lock.is_over(),
+            None => {
+                ContainerLock::clear(&opened.runtime_root, opened.container.as_str(), migration);
+            }
+        }
         return Ok(Some(Settled::Already));
     }
     let opened = &recovered.opened;
@@ -138,8 +149,7 @@ pub fn settle(
     let lock = match held {
         Some(lock) => lock,
         None => {
-            taken = match ContainerLock::take_now(&opened.runtime_root, opened.container.as_str())
-            {
+            taken = match ContainerLock::take_now(&opened.runtime_root, opened.container.as_str()) {
                 Err(LockError::Held { holder, .. }) => {
                     return Ok(Some(Settled::Held(holder.to_string())));
                 }
@@ -227,13 +237,18 @@ pub fn adopt(state_dir: &Path, migration: MigrationId) -> Result<Adoption, Settl
     if recovered.last != TargetRecord::Released {
         return Ok(Adoption::Nothing);
     }
-    let lock = match ContainerLock::take_now(
+    let mut lock = match ContainerLock::take_now(
         &recovered.opened.runtime_root,
         recovered.opened.container.as_str(),
     ) {
         Err(LockError::Held { .. }) => return Ok(Adoption::Later),
         taken => taken?,
     };
+    let holder = Holder::new(migration, Side::Target, recovered.opened.peer_name.clone(), state_dir);
+    if let Err(error) = lock.claim(holder) {
+        tracing::warn!(%error, "the container's lock does not say who has it");
+    }
+    lock.is_not_over();
     let made = Made::on_record(&recovered.leftovers);
     let work = recovered.opened.work_dir.clone();
     let deadline = Instant::now() + ADOPTION_PATIENCE;

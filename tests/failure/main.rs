@@ -7,6 +7,7 @@ mod at_commit;
 mod before_commit;
 mod burden;
 mod frozen;
+mod identity;
 mod meanwhile;
 mod post_copy;
 mod refusal;

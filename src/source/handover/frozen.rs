@@ -48,7 +48,7 @@ impl<S: FrameSink> Handover<'_, S> {
             if !self.is_itself() {
                 let id = &self.container.id;
                 self.because(format!(
-                    "container {id} ended during the rounds, and what has its name now is another"
+                    "container {id} ended during the rounds; what has its name now, if anything, is left alone"
                 ));
                 return Some(SourceEvent::FreezeFailed);
             }

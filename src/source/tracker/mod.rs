@@ -43,7 +43,7 @@ use crate::kernel::maps::{MapsError, Vma, VmaKind};
 use crate::kernel::pagemap::{PageIs, Query, ScanError};
 use crate::kernel::probe::Missing;
 use crate::kernel::userfaultfd;
-use crate::memory::{PageSet, SpaceId};
+use crate::memory::{PageRange, PageSet, SpaceId};
 use crate::runtime::{Freezer, Task};
 use std::fmt;
 use std::time::Duration;
@@ -178,6 +178,16 @@ pub enum TrackError {
     /// Pages could not be scanned.
     #[error("scanning the pages of a process")]
     Scan(#[from] ScanError),
+    /// Somebody else has a userfaultfd over memory of the container: whoever scans takes from the other.
+    #[error(
+        "memory of process {vpid} (at {range}) is registered with another userfaultfd, by another tool or by the container itself: end that first"
+    )]
+    Taken {
+        /// The process, by its pid in the container.
+        vpid: i32,
+        /// Where.
+        range: PageRange,
+    },
     /// A userfaultfd refused.
     #[error("tracking the writes of a process")]
     Userfaultfd(#[from] userfaultfd::TrackError),
@@ -191,6 +201,11 @@ impl TrackError {
             TrackError::Maps(MapsError::Exited { .. }) | TrackError::Scan(ScanError::Exited { .. })
         )
     }
+}
+
+/// Whether somebody else tracks writes to the memory of a process. Where the kernel cannot tell, nobody can track in that way.
+pub fn is_tracked_already(pid: i32) -> bool {
+    matches!(uffd_wp::is_tracked_already(pid), Ok(true))
 }
 
 /// Starts tracking in the given way, after proving on memory of our own that this kernel can.
@@ -256,7 +271,7 @@ impl Numbers {
 mod tests {
     use super::*;
     use crate::kernel::probe;
-    use crate::memory::{PageNumber, PageRange};
+    use crate::memory::PageNumber;
 
     #[test]
     fn only_private_readable_ordinary_memory_is_tracked() {

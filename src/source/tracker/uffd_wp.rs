@@ -167,7 +167,10 @@ impl UffdWp {
         for (index, vma) in vmas.iter().enumerate().filter(|(_, vma)| is_tracked(vma)) {
             tracked += 1;
             // Right after attaching nothing is registered; asking would say so.
-            if new || !eyes.take_written(vma.range)? {
+            if new
+                || !self.is_ours(&mut eyes, space, group, vma.range)?
+                || !eyes.take_written(vma.range)?
+            {
                 unknown.push((vma.range, with_gap(vma.range, vmas.get(index + 1))));
             } else if matches!(vma.kind, VmaKind::File { .. }) {
                 eyes.take_dropped(vma.range)?;
@@ -184,10 +187,10 @@ impl UffdWp {
         }
         let mut registered = Vec::new();
         for (range, reach) in &unknown {
-            if motion == Motion::Running
-                && let Some(tracker) = &space.tracker
-            {
-                match self.adopt(tracker, *reach)? {
+            if let Some(tracker) = &space.tracker {
+                match self.adopt(tracker, group, *reach)? {
+                    // In what is frozen nothing is armed; it was only asked whether another has it.
+                    _ if motion == Motion::Frozen => {}
                     Adopted::Registered => registered.push(*range),
                     Adopted::Left => {}
                     Adopted::Gone => {
@@ -279,13 +282,41 @@ impl UffdWp {
         })
     }
 
+    /// Whether a mapping is registered, and with us. A scan asks and arms whoever's registration it finds: with another's it
+    /// would take what the other waits for, and be told nothing of what was written before the other's last scan.
+    fn is_ours(
+        &self,
+        eyes: &mut Eyes,
+        space: &Space,
+        group: &Sharing,
+        range: PageRange,
+    ) -> Result<bool, TrackError> {
+        let Some(tracker) = &space.tracker else {
+            return Ok(false);
+        };
+        if !eyes.is_registered(range)? {
+            return Ok(false);
+        }
+        // Registering what is ours changes nothing; what is another's is refused.
+        match tracker.register(range) {
+            Err(userfaultfd::TrackError::Taken { range }) => Err(taken(group, range)),
+            registered => Ok(registered.is_ok()),
+        }
+    }
+
     /// Registers a range.
-    fn adopt(&self, tracker: &WriteTracker, range: PageRange) -> Result<Adopted, TrackError> {
+    fn adopt(
+        &self,
+        tracker: &WriteTracker,
+        group: &Sharing,
+        range: PageRange,
+    ) -> Result<Adopted, TrackError> {
         use userfaultfd::TrackError::{NotMapped, Taken, TargetExited, Untrackable};
         match tracker.register(range) {
             Ok(()) => {}
             Err(TargetExited) => return Ok(Adopted::Gone),
-            Err(NotMapped { .. } | Untrackable { .. } | Taken { .. }) => return Ok(Adopted::Left),
+            Err(NotMapped { .. } | Untrackable { .. }) => return Ok(Adopted::Left),
+            Err(Taken { range }) => return Err(taken(group, range)),
             Err(error) => return Err(error.into()),
         }
         if self.behaviour.protection_outlives_tracking() {
@@ -304,11 +335,32 @@ impl UffdWp {
 enum Adopted {
     /// It is tracked.
     Registered,
-    /// It cannot be (unmapped again, held by another userfaultfd, droppable). It must not be armed either: a scan arms
-    /// whoever's registration it finds, and the other would miss the writes. All of it is taken at every scan.
+    /// It cannot be (unmapped again, droppable). All of it is taken at every scan.
     Left,
     /// The tracker belongs to an image that is gone, or the range changes too fast.
     Gone,
+}
+
+fn taken(group: &Sharing, range: PageRange) -> TrackError {
+    TrackError::Taken {
+        vpid: group.owner.vpid,
+        range,
+    }
+}
+
+/// Whether writes to any memory of a process, which we do not track yet, are tracked by somebody else.
+pub(super) fn is_tracked_already(pid: i32) -> Result<bool, TrackError> {
+    let vmas = maps::read(pid, &mut FileKinds::default())?;
+    let mut eyes = Eyes {
+        pagemap: Pagemap::open(pid)?,
+        dirty: PageSet::new(),
+    };
+    for vma in vmas.iter().filter(|vma| is_tracked(vma)) {
+        if eyes.is_registered(vma.range)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Takes out of `registered` what has become hugetlb since it was listed, so that it is not armed.
@@ -349,6 +401,20 @@ impl Eyes {
             .pagemap
             .scan(range, written, |run, _| self.dirty.insert(run))
         {
+            Ok(()) => Ok(true),
+            Err(ScanError::NotTracked { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether anybody tracks writes to the mapping `range`. Nothing is armed, and little is looked at.
+    fn is_registered(&mut self, range: PageRange) -> Result<bool, ScanError> {
+        let first = PageRange::from_start_len(range.start(), 1).expect("a range has a first page");
+        let tracked = Query {
+            tracked: true,
+            ..POPULATED
+        };
+        match self.pagemap.scan(first, tracked, |_, _| {}) {
             Ok(()) => Ok(true),
             Err(ScanError::NotTracked { .. }) => Ok(false),
             Err(error) => Err(error),
