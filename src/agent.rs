@@ -11,6 +11,7 @@ use crate::criu::kernel_cache::{KernelCache, KernelCacheError};
 use crate::journal::{JournalDir, JournalError};
 use crate::migration::MigrationId;
 use crate::migration::event::Side;
+use crate::runtime::apart;
 use crate::runtime::runc::Runc;
 use crate::source::settle as source;
 use crate::target::arrival::{Arrival, Host, Resumption, Signal};
@@ -31,7 +32,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
@@ -155,6 +156,7 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
         Ok::<(), io::Error>(())
     });
 
+    let mut swept = Instant::now();
     loop {
         match arrivals.recv_timeout(Duration::from_millis(100)) {
             Ok((connection, control)) => {
@@ -166,6 +168,10 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
             }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => break,
+        }
+        if swept.elapsed() > SWEEP_PAUSE {
+            swept = Instant::now();
+            apart::sweep();
         }
         if agent.draining.load(Ordering::Relaxed) {
             let arrivals = agent.arrivals();
@@ -253,6 +259,9 @@ fn settle_what_a_crash_left(
     }
     Ok(owing)
 }
+
+/// Between two looks for cgroups that pagers have left.
+const SWEEP_PAUSE: Duration = Duration::from_secs(1);
 
 /// Between two attempts to take over a copy whose pager is busy.
 const ADOPTION_PAUSE: Duration = Duration::from_secs(2);
