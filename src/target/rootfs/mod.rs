@@ -210,7 +210,6 @@ impl TargetError {
 
 /// The target end of one rootfs transfer. Needs root (owners, devices, `trusted.*`), Linux 5.8 and `/proc`.
 pub struct RootfsTarget {
-    destination: PathBuf,
     tree: Beneath,
     limits: Limits,
     /// Entries and bytes of the tree as it stands.
@@ -246,7 +245,6 @@ impl RootfsTarget {
             ..limits
         };
         Ok(RootfsTarget {
-            destination: destination.to_path_buf(),
             tree,
             limits,
             held: Removed::default(),
