@@ -104,17 +104,19 @@ pub fn resume(state_dir: &Path) -> Result<Vec<Finding>, JournalError> {
 }
 
 fn source_end(state_dir: &Path, migration: MigrationId, sharing: Sharing) -> Option<End> {
-    Some(match source::settle_as(state_dir, migration, PATIENCE, sharing) {
-        Ok(None) => End::Running,
-        Ok(Some(Settled::Already)) => return None,
-        Ok(Some(Settled::Committed)) => End::Moved,
-        Ok(Some(Settled::RolledBack)) => End::RolledBack,
-        Ok(Some(Settled::TakenBack)) => End::TakenBack,
-        Ok(Some(Settled::Stranded)) => End::Stranded,
-        Ok(Some(Settled::Unknown { reason })) => End::Unknown(reason),
-        Ok(Some(Settled::Incomplete { reason, .. })) => End::Incomplete(reason),
-        Err(error) => End::Stuck(error.to_string()),
-    })
+    Some(
+        match source::settle_as(state_dir, migration, PATIENCE, sharing) {
+            Ok(None) => End::Running,
+            Ok(Some(Settled::Already)) => return None,
+            Ok(Some(Settled::Committed)) => End::Moved,
+            Ok(Some(Settled::RolledBack)) => End::RolledBack,
+            Ok(Some(Settled::TakenBack)) => End::TakenBack,
+            Ok(Some(Settled::Stranded)) => End::Stranded,
+            Ok(Some(Settled::Unknown { reason })) => End::Unknown(reason),
+            Ok(Some(Settled::Incomplete { reason, .. })) => End::Incomplete(reason),
+            Err(error) => End::Stuck(error.to_string()),
+        },
+    )
 }
 
 fn target_end(state_dir: &Path, migration: MigrationId) -> Option<End> {

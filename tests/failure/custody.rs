@@ -86,9 +86,10 @@ fn a_pager_outlives_all_that_is_in_its_agents_cgroup() -> Result<()> {
     let standby = find(&agent, &["pager", "--standby"])?;
     for pid in [pager, standby] {
         ensure!(
-            units
+            units.lines().all(|line| !cgroup(pid)
+                .unwrap_or_default()
                 .lines()
-                .all(|line| !cgroup(pid).unwrap_or_default().lines().any(|own| own == line)),
+                .any(|own| own == line)),
             "process {pid} shares a cgroup with the agent: {units}"
         );
     }
@@ -136,8 +137,8 @@ fn taken_back_after_a_power_cut(options: &[&str], fault: &str) -> Result<()> {
 const NO_FAULT: &str = "MIGRATE_FAULT=";
 
 #[test]
-fn a_destination_whose_power_fails_before_the_files_are_on_disk_gives_the_container_back() -> Result<()>
-{
+fn a_destination_whose_power_fails_before_the_files_are_on_disk_gives_the_container_back()
+-> Result<()> {
     taken_back_after_a_power_cut(&[], "MIGRATE_FAULT=target:SyncFiles:stop")
 }
 
@@ -188,7 +189,10 @@ fn a_container_whose_lost_copy_used_the_same_files_waits_for_a_person() -> Resul
     }
     expect_kept(&stage)?;
     let said = a.run("migrate", ["recover", "--resume-source", migration])?;
-    ensure!(said.contains("goes on here as it was at the switch"), "{said}");
+    ensure!(
+        said.contains("goes on here as it was at the switch"),
+        "{said}"
+    );
     let verified = stage.container.verify(&a, LIMIT)?;
     ensure!(verified.verified, "{verified:?}");
     Ok(())

@@ -296,8 +296,7 @@ fn is_alive(pid: i32) -> bool {
 
 /// Takes the cgroup of [`slow_down`] away again, when nothing is in it any more.
 pub fn tidy_slowed(host: &Host) -> Result<()> {
-    const SCRIPT: &str =
-        "rmdir /sys/fs/cgroup/cpu/slow 2>/dev/null || rmdir /sys/fs/cgroup/slow";
+    const SCRIPT: &str = "rmdir /sys/fs/cgroup/cpu/slow 2>/dev/null || rmdir /sys/fs/cgroup/slow";
     host.run("sh", ["-c", SCRIPT]).map(drop)
 }
 

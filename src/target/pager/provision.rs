@@ -55,9 +55,7 @@ impl Life {
     pub fn of(directory: &Path) -> Life {
         let done = || directory.join(DONE_MARK).exists();
         let held = match File::open(directory.join(LOCK)) {
-            Ok(lock) => {
-                rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err()
-            }
+            Ok(lock) => rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err(),
             Err(_) => false,
         };
         // The mark is looked for last: it may have been made a moment ago, and its maker has ended since.
