@@ -14,6 +14,7 @@ use crate::journal::prune::prune;
 use crate::journal::{JournalDir, JournalError};
 use crate::migration::MigrationId;
 use crate::migration::event::Side;
+use crate::runtime::apart;
 use crate::runtime::lock::{ContainerLock, Holder, LockError};
 use crate::runtime::runc::Runc;
 use crate::source::settle::{self as source, Settled};
@@ -36,7 +37,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
@@ -168,6 +169,7 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
         Ok::<(), io::Error>(())
     });
 
+    let mut swept = Instant::now();
     loop {
         match arrivals.recv_timeout(Duration::from_millis(100)) {
             Ok((connection, control)) => {
@@ -187,6 +189,10 @@ pub fn run(plan: &AgentPlan) -> Result<(), AgentError> {
             }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => break,
+        }
+        if swept.elapsed() > SWEEP_PAUSE {
+            swept = Instant::now();
+            apart::sweep();
         }
         if agent.draining.load(Ordering::Relaxed) {
             let arrivals = agent.arrivals();
@@ -292,6 +298,8 @@ fn settle_what_a_crash_left(
 
 /// How many migrations from here are asked after at once.
 const SETTLERS: usize = 4;
+/// Between two looks for cgroups that pagers have left.
+const SWEEP_PAUSE: Duration = Duration::from_secs(1);
 
 /// Between two attempts to take over a copy whose pager is busy.
 const ADOPTION_PAUSE: Duration = Duration::from_secs(2);

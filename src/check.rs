@@ -6,6 +6,7 @@ use crate::kernel::bugs::{self, By, Feature, Reports, Standing};
 use crate::kernel::probe::Missing;
 use crate::migration::event::{Finding, Verdict};
 use crate::migration::report::Tracker;
+use crate::runtime::apart;
 use crate::runtime::runc::Runc;
 use crate::source::tracker::{TrackerKind, Trackers};
 use crate::transport::Identity;
@@ -77,6 +78,20 @@ pub fn check(state_dir: &Path, runtime_root: &Path) -> HostCheck {
         Verdict::Refused,
     ));
     let freeze = freezer(&mut findings);
+    findings.push(match apart::try_out() {
+        Ok(()) => found(
+            "pager cgroup",
+            Verdict::Ok,
+            "pagers have a cgroup of their own".into(),
+            None,
+        ),
+        Err(error) => found(
+            "pager cgroup",
+            Verdict::Warning,
+            format!("pagers stay in the agent's cgroup ({error}): what runs the agent must not kill that with it"),
+            Some("systemd: KillMode=process"),
+        ),
+    });
     criu(state_dir, &mut findings);
     findings.push(match Runc::version() {
         Ok(version) => found(

@@ -110,7 +110,12 @@ fn complain(plan: &MovePlan, report: &Report) {
             report.target,
             plan.state_dir.display()
         ),
-        Outcome::Stranded { reason } => stranded(&report.container.to_string(), reason, &plan.state_dir, report.migration),
+        Outcome::Stranded { reason } => stranded(
+            &report.container.to_string(),
+            reason,
+            &plan.state_dir,
+            report.migration,
+        ),
     };
     eprintln!("migrate: {complaint}");
 }
@@ -200,12 +205,19 @@ pub fn resume_serving(state_dir: &Path, out: &mut impl Write) -> anyhow::Result<
     log_to_stderr(LogFormat::Human, "warn");
     let findings = resume(state_dir)?;
     if findings.is_empty() {
-        writeln!(out, "no container that moved away from here needs anything of it")?;
+        writeln!(
+            out,
+            "no container that moved away from here needs anything of it"
+        )?;
     }
     tell(state_dir, findings, out)
 }
 
-fn tell(state_dir: &Path, findings: Vec<Finding>, out: &mut impl Write) -> anyhow::Result<ExitCode> {
+fn tell(
+    state_dir: &Path,
+    findings: Vec<Finding>,
+    out: &mut impl Write,
+) -> anyhow::Result<ExitCode> {
     let mut exits = Vec::with_capacity(findings.len());
     for finding in findings {
         let side = match finding.side {

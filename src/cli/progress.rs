@@ -363,7 +363,7 @@ mod tests {
             "link lost, looking for the target for 5 min 00 s: the connection timed out",
             "link back after 5.0 s",
             "target: last page arrived 6.0 s after the release",
-            "incomplete: the connection timed out; the missing pages are kept here until `migrate resume --state-dir /var/lib/migrate` brings them",
+            "incomplete: the connection timed out; the container is kept frozen here until `migrate resume --state-dir /var/lib/migrate`",
             "rolled back after 103 ms of downtime: the connection to the target broke",
             "unknown: no answer to commit within 5 s; the container stays frozen here until `migrate recover --state-dir /var/lib/migrate` finds out",
             "target: last page filled 240 ms after the release",

@@ -1,5 +1,6 @@
 //! Container runtimes: find a container, freeze it, slow it, adopt it.
 
+pub mod apart;
 pub mod cgroup;
 pub mod cpu_quota;
 mod freezer;

@@ -1,8 +1,9 @@
 //! The standard streams of a container that arrives.
 //!
 //! A pipe at the source led to somebody there. Here it leads to a small process that writes what the container says to
-//! a log file, and that outlives the agent: a pipe without reader would kill the container with SIGPIPE.
+//! a log file, and that outlives the agent, in a cgroup of its own: a pipe without reader would kill the container with SIGPIPE.
 
+use crate::runtime::apart;
 use crate::wire::message::StdStream;
 use std::fs::OpenOptions;
 use std::io;
@@ -54,7 +55,10 @@ fn logged(program: &Path, stream: &StdStream, log: PathBuf) -> io::Result<Stdio>
 
 /// What `migrate stdio LOG` does: appends its standard input to the file until it ends.
 pub fn log(path: &Path) -> io::Result<()> {
+    // Its standard error leads nowhere; a pager's failure to do the same is logged.
+    let _ = apart::leave();
     let mut file = OpenOptions::new().create(true).append(true).open(path)?;
     io::copy(&mut io::stdin().lock(), &mut file)?;
+    apart::end();
     Ok(())
 }

@@ -6,6 +6,7 @@
 mod at_commit;
 mod before_commit;
 mod burden;
+mod custody;
 mod frozen;
 mod identity;
 mod meanwhile;

@@ -303,6 +303,12 @@ fn is_alive(pid: i32) -> bool {
     })
 }
 
+/// Takes the cgroup of [`slow_down`] away again, when nothing is in it any more.
+pub fn tidy_slowed(host: &Host) -> Result<()> {
+    const SCRIPT: &str = "rmdir /sys/fs/cgroup/cpu/slow 2>/dev/null || rmdir /sys/fs/cgroup/slow";
+    host.run("sh", ["-c", SCRIPT]).map(drop)
+}
+
 /// Leaves a process of a host so many milliseconds of a processor in every hundred, whatever else there is to do.
 pub fn slow_down(host: &Host, pid: i32, milliseconds: u32) -> Result<()> {
     const SCRIPT: &str = r#"set -e

@@ -9,17 +9,22 @@
 //!  Deciding: journal `deciding`
 //!  CommitSent ── commit ───────────────────▶ Committing: journal `committed`
 //!                                            Releasing: the hook lets go, the copy runs
-//!  Committed ◀──────────────── committed ──  Released
+//!  Serving ◀────────────────── committed ──  Released: the pager brings pages to their places
+//!  (keeps its frozen copy;
+//!   in post-copy: owed pages) ─────────────▶  Completing: the files go to the disk
+//!                                            RecordingComplete: journal `complete`
+//!  Committed ◀───────────────── complete ──  Complete
 //!  (kills its frozen copy)
 //! ```
 //!
-//! In post-copy the copy is released before it is whole, and the frozen container at the source keeps what is missing:
+//! A copy that is lost before it is complete goes back:
 //!
 //! ```text
-//!  CommitSent ── commit ───────────────────▶ Committing, Releasing
-//!  Serving ◀───────────────────── serving ──  Released
-//!  Serving ── owed pages ──────────────────▶  Released: every page has arrived
-//!  Committed ◀──────────────── committed ──   (a lost answer is asked for again)
+//!                                            Released: its pager died ── Losing: what runs is killed
+//!                                                    or its host was restarted
+//!                                            RecordingLost: journal `lost`
+//!  RolledBack ◀──────────────────── lost ──  Lost
+//!  (its container goes on as it was at the switch; Stranded, and a person decides, where both used the same files)
 //! ```
 //!
 //! The rules the tables hold, and the tests prove by walking every interleaving with lost messages and a crash
@@ -30,7 +35,7 @@
 //!    target's word is known; a lost answer is *unknown*, never guessed.
 //! 3. **The target writes `prepared` before it answers prepared, `committed` before it lets the copy run, and
 //!    answers committed only when the copy runs.** So a release that fails can still be taken back: the source is
-//!    frozen and whole until it hears *committed*.
+//!    frozen and whole until it hears *complete*.
 //! 4. **The target says *rolled back* only when its copy is gone and `aborted` is on disk.** Later commits are
 //!    refused from that record. A question (`query`) to a target that has not committed makes it abort: the asker
 //!    is frozen, and its container goes on soonest where it is.
@@ -44,12 +49,14 @@
 //!    recovery agree on what happened by a mark the hook leaves before the first task can run
 //!    ([`TargetEvent::FoundNeverRan`]).
 //!
-//! 8. **What is frozen at the source dies only when the target said that it needs no page of it any more.** While it
-//!    serves, no failure here rolls anything back: the copy at the target has run.
+//! 8. **What is frozen at the source dies only when the target said *complete*: every page in its place, out of the reach of
+//!    any process that may die, every file on disk, and that on record.** While it serves, no failure here rolls anything
+//!    back: the copy at the target has run.
+//! 9. **The target says *lost* only of a copy that can never run again, with `lost` on record**: its host was restarted, or
+//!    its pager died with pages missing and what was left of it was killed. A container that ended by itself, or was stopped
+//!    where it lives now, is not lost: its pager sees that and is done, the copy is complete, and the source never runs it.
 //!
-//! What is not covered: a disk that loses what `fdatasync` promised; and at the target the death, at once, of
-//! agent, host and copy between release and answer: the copy ran and died with its host, the answer after the
-//! reboot is *committed*, and the container is gone as it would be with any host.
+//! What is not covered: a disk that loses what `fdatasync` and `syncfs` promised.
 
 use std::collections::VecDeque;
 use std::fmt;

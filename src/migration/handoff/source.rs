@@ -483,7 +483,9 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = &[
             On::UserCancelled,
             On::Timeout,
         ],
-        then: Then::Ignore("`migrate recover --resume-source` asks the target again and lets the container go on"),
+        then: Then::Ignore(
+            "`migrate recover --resume-source` asks the target again and lets the container go on",
+        ),
     },
     Row {
         from: &[At::Stranded],

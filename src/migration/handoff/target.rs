@@ -573,11 +573,7 @@ pub const TARGET_TABLE: &[Row<TargetState, TargetEvent, TargetAction>] = &[
         then: Then::Ignore("the outcome is on disk"),
     },
     Row {
-        from: &[
-            At::Completing,
-            At::RecordingComplete,
-            At::Complete,
-        ],
+        from: &[At::Completing, At::RecordingComplete, At::Complete],
         on: &[On::PagerLost, On::PagerDone],
         then: Then::Ignore("every page was in its place before"),
     },

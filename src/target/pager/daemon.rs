@@ -124,8 +124,7 @@ impl Pager {
                     order: "something other than Listen",
                 });
             };
-            let provision =
-                Provision::new(&work_dir, &state_dir).map_err(PagerError::Provision)?;
+            let provision = Provision::new(&work_dir, &state_dir).map_err(PagerError::Provision)?;
             let marks = Arc::new(ReadMarks::create()?);
             let link = Arc::new(StandbyLink::start(
                 &work_dir,

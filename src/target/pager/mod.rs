@@ -94,6 +94,7 @@ pub use supply::{Heard, SupplyLine, SupplyMessage};
 pub use worker::WorkerError;
 
 use crate::kernel::open_files;
+use crate::runtime::apart;
 use nix::sys::signal::{SigSet, Signal};
 use std::ffi::OsString;
 use std::io;
@@ -115,6 +116,11 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if !standby && let Err(error) = apart::leave() {
+        eprintln!(
+            "migrate pager: it stays in a cgroup of the agent's ({error}): a service manager must not kill that with the agent"
+        );
+    }
     let outcome = detach().and_then(|control| {
         if standby {
             standby::run(control).map_err(|error| error.to_string())
@@ -122,6 +128,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             daemon::run(control).map_err(|error| error.to_string())
         }
     });
+    apart::end();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

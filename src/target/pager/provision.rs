@@ -55,9 +55,7 @@ impl Life {
     pub fn of(directory: &Path) -> Life {
         let done = || directory.join(DONE_MARK).exists();
         let held = match File::open(directory.join(LOCK)) {
-            Ok(lock) => {
-                rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err()
-            }
+            Ok(lock) => rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err(),
             Err(_) => false,
         };
         // The mark is looked for last: it may have been made a moment ago, and its maker has ended since.
@@ -98,7 +96,7 @@ pub(super) struct Provision {
     directory: PathBuf,
     terms: Terms,
     /// Locked as long as this process lives: see [`Life`].
-    lock: Option<File>,
+    _lock: Option<File>,
     /// Those that still want pages.
     tasks: Vec<OwingTask>,
     /// Of the last supply line.
@@ -146,7 +144,7 @@ impl Provision {
         rustix::fs::flock(&lock, FlockOperation::LockShared)?;
         Ok(Provision {
             directory,
-            lock: Some(lock),
+            _lock: Some(lock),
             ..Provision::default()
         })
     }
@@ -393,4 +391,35 @@ pub(super) fn bind(directory: &Path, name: &str) -> io::Result<UnixListener> {
 /// The path of a file in an open directory.
 pub(super) fn beside(directory: &File, name: impl AsRef<Path>) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pager_works_is_done_or_died_by_what_it_leaves() {
+        let state = tempfile::tempdir().expect("a directory");
+        let work = state.path().join("work");
+        assert_eq!(Life::of(state.path()), Life::Dead, "there was never one");
+        let mut pager = Provision::new(&work, state.path()).expect("a lock");
+        let standby = Provision::new(&work, state.path()).expect("the same");
+        assert_eq!(Life::of(state.path()), Life::Filling);
+        pager.finish();
+        assert_eq!(Life::of(state.path()), Life::Done);
+        drop((pager, standby));
+        assert_eq!(Life::of(state.path()), Life::Done);
+    }
+
+    #[test]
+    fn a_pager_that_died_has_a_standby_or_is_dead() {
+        let state = tempfile::tempdir().expect("a directory");
+        let work = state.path().join("work");
+        let pager = Provision::new(&work, state.path()).expect("a lock");
+        let standby = Provision::new(&work, state.path()).expect("the same");
+        drop(pager);
+        assert_eq!(Life::of(state.path()), Life::Filling);
+        drop(standby);
+        assert_eq!(Life::of(state.path()), Life::Dead);
+    }
 }

@@ -37,13 +37,17 @@ use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 /// Writes what lies in `directory` to stable storage: the whole filesystem it is on (`syncfs`).
 pub fn sync_files(directory: &Path) -> Result<(), TargetError> {
-    open(directory, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .and_then(|opened| syncfs(&opened))
-        .map_err(|source| TargetError::Destination {
-            action: "syncing",
-            path: directory.to_owned(),
-            source,
-        })
+    open(
+        directory,
+        OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .and_then(|opened| syncfs(&opened))
+    .map_err(|source| TargetError::Destination {
+        action: "syncing",
+        path: directory.to_owned(),
+        source,
+    })
 }
 
 /// How much a peer may put at the destination.
@@ -210,7 +214,6 @@ impl TargetError {
 
 /// The target end of one rootfs transfer. Needs root (owners, devices, `trusted.*`), Linux 5.8 and `/proc`.
 pub struct RootfsTarget {
-    destination: PathBuf,
     tree: Beneath,
     limits: Limits,
     /// Entries and bytes of the tree as it stands.
@@ -246,7 +249,6 @@ impl RootfsTarget {
             ..limits
         };
         Ok(RootfsTarget {
-            destination: destination.to_path_buf(),
             tree,
             limits,
             held: Removed::default(),

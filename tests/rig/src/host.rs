@@ -21,6 +21,10 @@ pub const CRIU_PREFIX: &str = "/opt/migrate/criu";
 
 const KEEPER: &str = include_str!("host.sh");
 
+/// What a host that was restarted says in place of its kernel, whose file is mounted over.
+pub(crate) const BOOT_ID: &str = "/run/boot_id";
+pub(crate) const KERNELS_BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
 /// How long a command on a host may take unless the caller says otherwise.
 const COMMAND_LIMIT: Duration = Duration::from_secs(300);
 
@@ -167,6 +171,36 @@ impl Host {
             .join(inside.strip_prefix("/").unwrap_or(inside))
     }
 
+    /// Cuts the power and starts the host again: nothing that ran runs any more, what runtimes keep in memory is gone, and the
+    /// kernel has another boot id. What was written to files is there: a disk that loses what it was not told to keep is not
+    /// played.
+    pub fn restart(&self) -> Result<()> {
+        let deadline = Instant::now() + COMMAND_LIMIT;
+        loop {
+            let mut alive = 0;
+            for root in self.cgroups()? {
+                alive += end_all(&root, self.pid)?;
+            }
+            if alive == 0 {
+                break;
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "{alive} processes of host {} do not end",
+                self.name
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        const SCRIPT: &str = "set -e
+            rm -rf /run/runc
+            cat /proc/sys/kernel/random/uuid >$1.new
+            mv $1.new $1
+            ! mountpoint -q $2 || umount $2
+            mount --bind $1 $2";
+        self.run("sh", ["-c", SCRIPT, "restart", BOOT_ID, KERNELS_BOOT_ID])
+            .map(drop)
+    }
+
     /// What is on the host now, to be compared with later.
     pub fn snapshot(&self) -> Result<Snapshot> {
         Snapshot::take(self)
@@ -288,6 +322,38 @@ impl Drop for Host {
             }
         }
     }
+}
+
+/// Kills all that is in a cgroup and below but `spared`, and removes the cgroups below that only containers had; how many were
+/// still there.
+fn end_all(cgroup: &Path, spared: i32) -> Result<usize> {
+    let mut alive = 0;
+    for entry in std::fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            alive += end_all(&entry.path(), spared)?;
+            // Busy while anything is in it, as the host's own always is.
+            let _ = std::fs::remove_dir(entry.path());
+        }
+    }
+    let procs = std::fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    for pid in procs.lines().filter_map(|pid| pid.parse().ok()) {
+        // 0: of another pid namespace; none here.
+        if pid == spared || pid == 0 {
+            continue;
+        }
+        alive += 1;
+        let _ = nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(pid),
+            nix::sys::signal::Signal::SIGKILL,
+        );
+    }
+    // A frozen process dies when it is thawed.
+    for (file, thawed) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
+        if cgroup.join(file).exists() {
+            let _ = std::fs::write(cgroup.join(file), thawed);
+        }
+    }
+    Ok(alive)
 }
 
 /// A program built along with this test, demo or benchmark.

@@ -11,8 +11,9 @@ use crate::host::Host;
 /// Directories of a host whose files count.
 const WATCHED: [&str; 4] = ["/run", "/srv", "/var/lib/migrate", "/etc/criu"];
 
-/// What CRIU and runc keep on every host they have ever run on: a cache of kernel features, the root of runc's state.
-const KEPT: [&str; 2] = ["/run/criu.kdat", "/run/runc"];
+/// What CRIU and runc keep on every host they have ever run on: a cache of kernel features, the root of runc's state. And what a
+/// restart of the host has made of it.
+const KEPT: [&str; 3] = ["/run/criu.kdat", "/run/runc", crate::host::BOOT_ID];
 
 /// Everything that could be left behind on a host: processes, cgroups, mounts, interfaces, nftables tables and files.
 pub struct Snapshot {
@@ -33,6 +34,7 @@ impl Snapshot {
             mounts
                 .lines()
                 .filter_map(|line| line.split(' ').nth(4))
+                .filter(|at| *at != crate::host::KERNELS_BOOT_ID)
                 .map(|at| format!("mount {at}")),
         );
         let links: Vec<serde_json::Value> =

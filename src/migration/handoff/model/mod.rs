@@ -166,9 +166,9 @@ struct Walk {
 
 impl Walk {
     fn through_everything(flaw: Flaw) -> Result<Walk, String> {
-        // A move whose memory is at the target when its copy runs, and one whose copy is owed pages; each with files of its own
-        // and with files that both ends use.
-        let first = [(false, false), (false, true), (true, false), (true, true)]
+        // A move whose memory is at the target when its copy runs, and one whose copy is owed pages; that also with files that
+        // both ends use.
+        let first = [(false, false), (true, false), (true, true)]
             .map(|(owed, sharing)| World::first(owed, sharing));
         let mut walk = Walk {
             worlds: first.to_vec(),
