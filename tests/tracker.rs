@@ -351,8 +351,8 @@ fn what_is_written_to_a_frozen_program_is_told_by_the_next_scan() {
         let poked = [block_pages(block, 100, 3)].into_iter().collect();
         assert_eq!(in_block(&at_freeze.dirty, block, 1024), poked);
         assert_eq!(in_block(&at_freeze.unwatched, block, 1024).pages(), 0);
-        let memory = std::fs::File::options().write(true);
-        let memory = memory.open(format!("/proc/{}/mem", dirtier.pid())).unwrap();
+        let memory = format!("/proc/{}/mem", dirtier.pid());
+        let memory = std::fs::File::options().write(true).open(memory).unwrap();
         for page in [7, 101] {
             let at = block + page * 4096;
             std::os::unix::fs::FileExt::write_all_at(&memory, &[1; 16], at).unwrap();

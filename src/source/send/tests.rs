@@ -348,7 +348,7 @@ fn what_is_in_doubt_is_known_and_sent_again_where_it_is_another() {
         memory.page(index).fill(7);
     }
     let (mut sender, kept) = sender(2);
-    let mut send = |sender: &mut Sender<Kept>, memory: &Memory| {
+    let send = |sender: &mut Sender<Kept>, memory: &Memory| {
         let sent = sender.send(&memory.to_send(), &Progress::default());
         sent.expect("sent").data_pages
     };
