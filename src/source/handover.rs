@@ -53,7 +53,7 @@ use std::time::{Duration, Instant};
 const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long the container may stand still before the attempt is given up, whatever the cause.
-const FROZEN_PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const FROZEN_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long a CRIU that should let go may take.
 const CRIU_PATIENCE: Duration = Duration::from_secs(20);
@@ -359,7 +359,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
     fn dump_failed(&mut self) -> Option<SourceEvent> {
         let status = self.dump.as_mut()?.ended().ok()??;
         let words = self.dump.as_ref().map(Dump::last_words).unwrap_or_default();
-        self.because(format!("CRIU's dump ended ({status}): {words}"));
+        self.because_of_step(format!("CRIU's dump ended ({status}): {words}"));
         Some(SourceEvent::CriuFailed)
     }
 
@@ -708,7 +708,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
         step: impl FnOnce(&mut Self) -> Result<(), String>,
     ) -> Option<SourceEvent> {
         step(self).err().map(|reason| {
-            self.because(reason);
+            self.because_of_step(reason);
             SourceEvent::LocalFailure
         })
     }
@@ -719,10 +719,20 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             return;
         }
         // What a step notices of a container that was killed says nothing to the one who killed it.
-        let before_commit = self.course.state().can_cancel();
-        match self.watch.cause().filter(|_| before_commit) {
-            Some(change) => drop(self.changed(change)),
-            None => self.ended.reason = Some(reason),
+        match self.watch.alive() {
+            Err(change) if self.course.state().can_cancel() => drop(self.changed(change)),
+            _ => self.ended.reason = Some(reason),
+        }
+    }
+
+    /// A step that looks into the container failed: a visitor in it is the likely cause, whatever the step says.
+    fn because_of_step(&mut self, reason: String) {
+        match self.watch.cause() {
+            Some(change) if self.course.state().can_cancel() => {
+                tracing::info!(%reason, "a step failed");
+                self.changed(change);
+            }
+            _ => self.because(reason),
         }
     }
 

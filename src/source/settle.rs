@@ -258,7 +258,9 @@ fn tell_target(state_dir: &Path, recovered: &RecoveredSource) {
         state_dir,
         target: &opened.peer,
         migration: opened.migration,
-        target_journal: recovered.target_journal.unwrap_or(JournalId::from_bytes([0; 16])),
+        target_journal: recovered
+            .target_journal
+            .unwrap_or(JournalId::from_bytes([0; 16])),
     };
     // One that cannot be reached finds out by itself.
     let (_, reason) = question.ask();
