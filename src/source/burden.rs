@@ -82,12 +82,16 @@ impl Burden {
         let here = at(self.tmpfs, TMPFS_RATE)
             + at(self.deleted, DELETED_RATE)
             + at(self.shared, SHARED_RATE)
-            + PER_THREAD * u32::try_from(self.threads).unwrap_or(u32::MAX);
+            + self.time_of_threads();
         let pages = (self.tmpfs + self.deleted + self.shared) as f64 / PAGE_SIZE as f64;
         let on_the_way = link.map_or(Duration::ZERO, |link| {
             Duration::try_from_secs_f64(pages / link.max(1e-6)).unwrap_or(Duration::MAX)
         });
         here.saturating_add(on_the_way)
+    }
+
+    fn time_of_threads(&self) -> Duration {
+        PER_THREAD * u32::try_from(self.threads).unwrap_or(u32::MAX)
     }
 
     /// Whether anybody would notice.
@@ -205,7 +209,7 @@ impl std::fmt::Display for Burden {
                 parts.push(format!("{} MiB {what}", bytes >> 20));
             }
         }
-        if self.threads > 0 {
+        if self.time_of_threads() > WORTH_SAYING {
             parts.push(format!("{} further threads", self.threads));
         }
         f.write_str(&parts.join(", "))
