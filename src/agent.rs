@@ -527,16 +527,13 @@ impl Agent {
         runtime: &Handle,
     ) {
         let peer = connection.peer().fingerprint.to_string();
-        let running = self
-            .arrivals()
-            .get(&query.migration)
-            .map(|arrival| {
-                (
-                    arrival.peer == peer,
-                    arrival.signal.clone(),
-                    arrival.connection.clone(),
-                )
-            });
+        let running = self.arrivals().get(&query.migration).map(|arrival| {
+            (
+                arrival.peer == peer,
+                arrival.signal.clone(),
+                arrival.connection.clone(),
+            )
+        });
         let fate = match running {
             Some((false, ..)) => None,
             Some((true, arrival, first)) => {

@@ -291,9 +291,11 @@ impl From<Migration> for MovePlan {
                 TrackerChoice::UffdWp => Some(Tracker::UffdWp),
             },
             limits: Limits {
-                downtime: typed.downtime_limit.map_or(DEFAULT_DOWNTIME_LIMIT, |limit| {
-                    Duration::from_millis(limit.into())
-                }),
+                downtime: typed
+                    .downtime_limit
+                    .map_or(DEFAULT_DOWNTIME_LIMIT, |limit| {
+                        Duration::from_millis(limit.into())
+                    }),
                 max_rounds: typed.max_rounds,
                 timeout: typed.timeout,
             },

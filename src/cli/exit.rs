@@ -47,8 +47,8 @@ impl From<Exit> for ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::migration::report::StaysAs;
     use crate::migration::handoff::SourceState;
+    use crate::migration::report::StaysAs;
 
     #[test]
     fn every_outcome_has_the_code_that_is_documented() {

@@ -88,7 +88,10 @@ mod tests {
         assert_eq!(visitors(&tasks, me), []);
         // From the shell's point of view this process came from outside.
         let strangers = visitors(&tasks, shell_pid);
-        assert_eq!(strangers.iter().map(|task| task.pid).collect::<Vec<_>>(), [me]);
+        assert_eq!(
+            strangers.iter().map(|task| task.pid).collect::<Vec<_>>(),
+            [me]
+        );
         nix::sys::signal::kill(
             nix::unistd::Pid::from_raw(sleep),
             nix::sys::signal::Signal::SIGKILL,

@@ -77,16 +77,21 @@ impl Burden {
 
     /// How much longer the container stands still for it, at this many pages a second.
     pub fn time(&self, link: Option<f64>) -> Duration {
-        let at = |bytes: u64, rate: u64| Duration::from_micros(bytes.saturating_mul(1_000_000) / rate);
+        let at =
+            |bytes: u64, rate: u64| Duration::from_micros(bytes.saturating_mul(1_000_000) / rate);
         let here = at(self.tmpfs, TMPFS_RATE)
             + at(self.deleted, DELETED_RATE)
             + at(self.shared, SHARED_RATE)
-            + PER_THREAD * u32::try_from(self.threads).unwrap_or(u32::MAX);
+            + self.time_of_threads();
         let pages = (self.tmpfs + self.deleted + self.shared) as f64 / PAGE_SIZE as f64;
         let on_the_way = link.map_or(Duration::ZERO, |link| {
             Duration::try_from_secs_f64(pages / link.max(1e-6)).unwrap_or(Duration::MAX)
         });
         here.saturating_add(on_the_way)
+    }
+
+    fn time_of_threads(&self) -> Duration {
+        PER_THREAD * u32::try_from(self.threads).unwrap_or(u32::MAX)
     }
 
     /// Whether anybody would notice.
@@ -96,7 +101,10 @@ impl Burden {
 
     /// Why it cannot be carried at all, one line.
     pub fn too_large(&self) -> Option<String> {
-        let (path, bytes) = self.largest.as_ref().filter(|(_, bytes)| *bytes > MOST_DELETED)?;
+        let (path, bytes) = self
+            .largest
+            .as_ref()
+            .filter(|(_, bytes)| *bytes > MOST_DELETED)?;
         Some(format!(
             "the deleted file {} that is still open takes {} MiB, of which CRIU carries at most {} MiB: close it first",
             path.display(),
@@ -119,12 +127,18 @@ impl Burden {
 
     /// Open files that have no name any more.
     fn deleted_descriptors(&mut self, process: &Path, seen: &mut BTreeSet<(u64, u64)>) {
-        for descriptor in fs::read_dir(process.join("fd")).into_iter().flatten().flatten() {
+        for descriptor in fs::read_dir(process.join("fd"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             let path = descriptor.path();
             let Ok(target) = fs::read_link(&path) else {
                 continue;
             };
-            if is_deleted_file(&target) && let Ok(file) = fs::metadata(&path) {
+            if is_deleted_file(&target)
+                && let Ok(file) = fs::metadata(&path)
+            {
                 self.deleted_file(&target, &file, seen);
             }
         }
@@ -170,7 +184,11 @@ impl Burden {
         // What it takes, not how long it is: CRIU leaves holes out.
         let bytes = file.blocks() * 512;
         self.deleted += bytes;
-        if self.largest.as_ref().is_none_or(|(_, largest)| bytes > *largest) {
+        if self
+            .largest
+            .as_ref()
+            .is_none_or(|(_, largest)| bytes > *largest)
+        {
             let name = target.to_string_lossy();
             let name = name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned();
             self.largest = Some((name.into(), bytes));
@@ -191,7 +209,7 @@ impl std::fmt::Display for Burden {
                 parts.push(format!("{} MiB {what}", bytes >> 20));
             }
         }
-        if self.threads > 0 {
+        if self.time_of_threads() > WORTH_SAYING {
             parts.push(format!("{} further threads", self.threads));
         }
         f.write_str(&parts.join(", "))
@@ -211,7 +229,9 @@ fn is_deleted_file(target: &Path) -> bool {
 fn tmpfs_bytes(process: &Path, host: &BTreeSet<String>, seen: &mut BTreeSet<(u64, u64)>) -> u64 {
     let mounts = fs::read_to_string(process.join("mountinfo")).unwrap_or_default();
     let of_mount = |mount: &Mount<'_>| {
-        let path = process.join("root").join(mount.point.trim_start_matches('/'));
+        let path = process
+            .join("root")
+            .join(mount.point.trim_start_matches('/'));
         let device = fs::metadata(&path).ok()?.dev();
         let is_it = format!("{}:{}", libc::major(device), libc::minor(device)) == mount.device;
         // Inode 0 stands for the whole of it.
@@ -232,7 +252,9 @@ fn tmpfs_bytes(process: &Path, host: &BTreeSet<String>, seen: &mut BTreeSet<(u64
 
 fn devices_here() -> BTreeSet<String> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    Mount::all(&mounts).map(|mount| mount.device.to_owned()).collect()
+    Mount::all(&mounts)
+        .map(|mount| mount.device.to_owned())
+        .collect()
 }
 
 /// A line of mountinfo: `36 35 98:0 /root /point options - kind source super`.
@@ -265,7 +287,9 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         std::os::unix::fs::FileExt::write_all_at(&file, &[1; 3 << 20], 20 << 30).unwrap();
         file.sync_all().unwrap();
-        let me = Task::read(std::process::id().cast_signed()).unwrap().unwrap();
+        let me = Task::read(std::process::id().cast_signed())
+            .unwrap()
+            .unwrap();
         let burden = Burden::of(&[me]);
         let (_, largest) = burden.largest.clone().expect("the file is found");
         assert!((3 << 20..64 << 20).contains(&largest), "{burden:?}");
@@ -279,7 +303,10 @@ mod tests {
             ..Burden::default()
         };
         let why = burden.breaks(Duration::from_millis(300), None).unwrap();
-        assert!(why.contains("60 MiB in tmpfs") && why.contains("2400 ms"), "{why}");
+        assert!(
+            why.contains("60 MiB in tmpfs") && why.contains("2400 ms"),
+            "{why}"
+        );
         assert_eq!(burden.breaks(Duration::from_secs(3), None), None);
         // A slow link carries 60 MiB in a minute.
         assert!(burden.breaks(Duration::from_secs(3), Some(256.0)).is_some());

@@ -374,7 +374,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
     fn dump_failed(&mut self) -> Option<SourceEvent> {
         let status = self.dump.as_mut()?.ended().ok()??;
         let words = self.dump.as_ref().map(Dump::last_words).unwrap_or_default();
-        self.because(format!("CRIU's dump ended ({status}): {words}"));
+        self.because_of_step(format!("CRIU's dump ended ({status}): {words}"));
         Some(SourceEvent::CriuFailed)
     }
 
@@ -745,7 +745,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
         // What failed because it was given up is not the reason for giving up.
         let wanted = self.heard_cancel().or_else(|| self.stood_still_too_long());
         Some(wanted.unwrap_or_else(|| {
-            self.because(reason);
+            self.because_of_step(reason);
             SourceEvent::LocalFailure
         }))
     }
@@ -756,10 +756,20 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             return;
         }
         // What a step notices of a container that was killed says nothing to the one who killed it.
-        let before_commit = self.course.state().can_cancel();
-        match self.watch.cause().filter(|_| before_commit) {
-            Some(change) => drop(self.changed(change)),
-            None => self.ended.reason = Some(reason),
+        match self.watch.alive() {
+            Err(change) if self.course.state().can_cancel() => drop(self.changed(change)),
+            _ => self.ended.reason = Some(reason),
+        }
+    }
+
+    /// A step that looks into the container failed: a visitor in it is the likely cause, whatever the step says.
+    fn because_of_step(&mut self, reason: String) {
+        match self.watch.cause() {
+            Some(change) if self.course.state().can_cancel() => {
+                tracing::info!(%reason, "a step failed");
+                self.changed(change);
+            }
+            _ => self.because(reason),
         }
     }
 

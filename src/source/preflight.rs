@@ -97,11 +97,7 @@ impl Looks {
 }
 
 /// Looks at everything that can be known before the move.
-pub fn survey(
-    container: &Container,
-    criu: &Criu,
-    plan: &Plan,
-) -> io::Result<Survey> {
+pub fn survey(container: &Container, criu: &Criu, plan: &Plan) -> io::Result<Survey> {
     let (rootfs, page_streams) = (plan.rootfs, plan.page_streams);
     let mut looks = Looks::default();
     let mut refusals = Vec::new();

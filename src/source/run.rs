@@ -182,8 +182,8 @@ fn move_container(
     let container = runc.container(plan.container.as_str())?;
     let watch = Watch::begin(&container).map_err(system("looking at the container"))?;
     let criu = Criu::find()?;
-    let survey = preflight::survey(&container, &criu, plan)
-        .map_err(system("looking at the container"))?;
+    let survey =
+        preflight::survey(&container, &criu, plan).map_err(system("looking at the container"))?;
     emit(Event::Preflight {
         side: Side::Source,
         findings: survey.findings.clone(),

@@ -346,7 +346,9 @@ fn tell_target(state_dir: &Path, recovered: &RecoveredSource) {
         target: &opened.peer,
         peer: &opened.peer_fingerprint,
         migration: opened.migration,
-        target_journal: recovered.target_journal.unwrap_or(JournalId::from_bytes([0; 16])),
+        target_journal: recovered
+            .target_journal
+            .unwrap_or(JournalId::from_bytes([0; 16])),
     };
     // One that cannot be reached finds out by itself.
     let (_, reason) = question.ask();

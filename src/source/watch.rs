@@ -293,7 +293,10 @@ mod tests {
 
         write("memory.limit_in_bytes", "8192\n");
         let seen = watch.look(true).unwrap_err().to_string();
-        assert!(seen.contains("memory.limit_in_bytes: 4096 became 8192"), "{seen}");
+        assert!(
+            seen.contains("memory.limit_in_bytes: 4096 became 8192"),
+            "{seen}"
+        );
     }
 
     #[test]
@@ -301,10 +304,18 @@ mod tests {
         let cgroup = tempfile::tempdir().unwrap();
         let me = std::process::id().cast_signed();
         let watch = Watch::begin(&container(cgroup.path(), me)).unwrap();
-        for (state, is_paused) in [("THAWED\n", false), ("FREEZING\n", true), ("FROZEN\n", true)] {
+        for (state, is_paused) in [
+            ("THAWED\n", false),
+            ("FREEZING\n", true),
+            ("FROZEN\n", true),
+        ] {
             fs::write(cgroup.path().join("freezer.state"), state).unwrap();
             let seen = watch.look(false);
-            assert_eq!(matches!(seen, Err(Change::Paused { .. })), is_paused, "{state}");
+            assert_eq!(
+                matches!(seen, Err(Change::Paused { .. })),
+                is_paused,
+                "{state}"
+            );
         }
     }
 

@@ -26,7 +26,9 @@ impl<T: PartialEq> Stall<T> {
             (self.seen, self.since) = (seen, now);
         }
         let waited = now.saturating_duration_since(self.since);
-        self.patience.checked_sub(waited).filter(|left| !left.is_zero())
+        self.patience
+            .checked_sub(waited)
+            .filter(|left| !left.is_zero())
     }
 }
 
@@ -44,10 +46,7 @@ mod tests {
             assert!(stall.left(minute, at(minute * 59)).is_some());
         }
         let last = 59 * 59;
-        assert_eq!(
-            stall.left(59, at(last + 50)),
-            Some(Duration::from_secs(10))
-        );
+        assert_eq!(stall.left(59, at(last + 50)), Some(Duration::from_secs(10)));
         assert_eq!(stall.left(59, at(last + 60)), None);
     }
 }

@@ -36,8 +36,7 @@ fn contents_of_tmpfs_are_refused_by_their_figure_where_a_limit_was_asked_for() -
 
     // A tmpfs that fills up during the rounds is seen before the freeze.
     fs::remove_file(&shm)?;
-    let mut moving =
-        stage.start_move_with(&limit, &[HASTE, "MIGRATE_FAULT=source:Round:stop"])?;
+    let mut moving = stage.start_move_with(&limit, &[HASTE, "MIGRATE_FAULT=source:Round:stop"])?;
     crate::stage::wait_stopped(&mut moving)?;
     fs::write(&shm, vec![7; 24 << 20])?;
     moving.signal(nix::sys::signal::Signal::SIGCONT)?;
@@ -51,9 +50,15 @@ fn contents_of_tmpfs_are_refused_by_their_figure_where_a_limit_was_asked_for() -
     let mut moving = stage.start_move_with(&["--dry-run"], &[])?;
     stage.expect_exit(&mut moving, 0)?;
     let said = moving.output()?;
-    ensure!(said.contains("24 MiB in tmpfs: the container stands still"), "{said}");
+    ensure!(
+        said.contains("24 MiB in tmpfs: the container stands still"),
+        "{said}"
+    );
     stage.expect_next_try()?;
     let arrived = format!("/proc/{}/root/dev/shm/full", stage.container.pid(&b)?);
-    ensure!(fs::read(arrived)? == vec![7; 24 << 20], "its tmpfs is another");
+    ensure!(
+        fs::read(arrived)? == vec![7; 24 << 20],
+        "its tmpfs is another"
+    );
     Ok(())
 }

@@ -78,18 +78,33 @@ fn a_container_killed_during_the_rounds_has_ended_and_is_nowhere() -> Result<()>
 
 #[test]
 fn a_container_deleted_during_the_rounds_has_ended_and_is_nowhere() -> Result<()> {
-    ends_the_move("Round", &["delete", "--force", "web"], "ended at the source").map(drop)
+    ends_the_move(
+        "Round",
+        &["delete", "--force", "web"],
+        "ended at the source",
+    )
+    .map(drop)
 }
 
 /// In the v1 freezer a kill waits for the thaw: at the target the container would go on.
 #[test]
 fn a_container_killed_while_it_is_frozen_does_not_go_on_elsewhere() -> Result<()> {
-    ends_the_move("ConfirmHold", &["kill", "web", "KILL"], "ended at the source").map(drop)
+    ends_the_move(
+        "ConfirmHold",
+        &["kill", "web", "KILL"],
+        "ended at the source",
+    )
+    .map(drop)
 }
 
 #[test]
 fn limits_changed_during_the_rounds_end_the_move() -> Result<()> {
-    ends_the_move("Round", &["update", "--pids-limit", "77", "web"], "pids.max").map(drop)
+    ends_the_move(
+        "Round",
+        &["update", "--pids-limit", "77", "web"],
+        "pids.max",
+    )
+    .map(drop)
 }
 
 #[test]
