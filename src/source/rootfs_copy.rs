@@ -1,7 +1,7 @@
 //! Copying the root filesystem on a thread of its own, beside the rounds and beside the dump.
 
-use super::rootfs::{FileId, RootfsSource, SourceError, Summary};
 use super::handover::Window;
+use super::rootfs::{FileId, RootfsSource, SourceError, Summary};
 use crate::migration::event::Event;
 use crate::transport::BlockingStream;
 use std::collections::BTreeSet;

@@ -85,7 +85,9 @@ pub enum RunError {
         why: String,
     },
     /// There was nothing left to go on.
-    #[error("the move was given up ({reason}), and {container} has ended by itself meanwhile: nothing of it is at the target")]
+    #[error(
+        "the move was given up ({reason}), and {container} has ended by itself meanwhile: nothing of it is at the target"
+    )]
     Ended {
         /// Which container.
         container: String,
