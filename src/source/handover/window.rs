@@ -118,10 +118,7 @@ mod tests {
             2 * SECOND + downtime
         );
         assert_eq!(limit(SECOND, 2 * SECOND, 9 * SECOND, downtime), downtime);
-        assert_eq!(
-            limit(Duration::MAX, Duration::MAX, SECOND, downtime),
-            Duration::MAX
-        );
+        assert!(limit(Duration::MAX, Duration::MAX, SECOND, downtime) > hour);
     }
 
     #[test]
@@ -136,7 +133,9 @@ mod tests {
         let (_never, waits) = mpsc::channel::<()>();
         cancelled.store(true, Ordering::Relaxed);
         assert_eq!(
-            window.open(Duration::MAX).apart(move || waits.recv().is_ok()),
+            window
+                .open(Duration::MAX)
+                .apart(move || waits.recv().is_ok()),
             None
         );
         assert_eq!(window.over(), Some(Over::Cancelled));
