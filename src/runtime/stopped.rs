@@ -24,7 +24,11 @@ pub fn make_seizable(freezer: &Freezer, tasks: &[Task]) -> Vec<Task> {
     if matches!(freezer, Freezer::V2(_)) {
         return Vec::new();
     }
-    let stopped: Vec<Task> = tasks.iter().filter(|task| is_stopped(task)).cloned().collect();
+    let stopped: Vec<Task> = tasks
+        .iter()
+        .filter(|task| is_stopped(task))
+        .cloned()
+        .collect();
     for task in &stopped {
         tracing::debug!(pid = task.pid, vpid = task.vpid, "stopped by a signal");
         // It is frozen, so its pid is still its own; what is killed meanwhile needs neither.

@@ -9,6 +9,8 @@
 //!  Held      go: CRIU kills the tasks     refuse: CRIU resumes them
 //! ```
 
+use super::dump_processes::DumpProcesses;
+use super::handover::Window;
 use crate::criu::binary::Criu;
 use crate::criu::environment::Environment;
 use crate::criu::hook::{HookPoint, HookServer, WaitingHook};
@@ -18,8 +20,6 @@ use crate::criu::skeleton::{self, Claim};
 use crate::kernel::pagemap::ScanError;
 use crate::runtime::Task;
 use crate::runtime::runc::{Container, Runc};
-use super::dump_processes::DumpProcesses;
-use super::handover::Window;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::process::CommandExt;

@@ -72,7 +72,10 @@ mod tests {
 
     fn sleeper(directory: &Path, group: i32) -> Child {
         let mut command = Command::new("sleep");
-        command.arg("600").current_dir(directory).process_group(group);
+        command
+            .arg("600")
+            .current_dir(directory)
+            .process_group(group);
         command.spawn().expect("sleep")
     }
 

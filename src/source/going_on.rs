@@ -39,7 +39,9 @@ pub enum StandsStill {
         state: FreezerState,
     },
     /// A process has hold of a task.
-    #[error("process {vpid} of the container (pid {pid} on this host) is held by process {tracer}, which does not die: it waits for a disk or a device, and lets go when that answers")]
+    #[error(
+        "process {vpid} of the container (pid {pid} on this host) is held by process {tracer}, which does not die: it waits for a disk or a device, and lets go when that answers"
+    )]
     Held {
         /// The task, inside.
         vpid: i32,
@@ -93,6 +95,14 @@ pub fn make_sure(
         }
         thread::sleep(Duration::from_millis(5));
         cgroup.freezer.thaw()?;
+    }
+}
+
+/// Whether none of its processes is left.
+pub fn has_ended(freezer: &Freezer) -> bool {
+    match tasks_of_cgroup(freezer.path()) {
+        Ok(tasks) => tasks.iter().all(|task| task.zombie),
+        Err(error) => is_gone(&error),
     }
 }
 

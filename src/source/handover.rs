@@ -42,10 +42,10 @@ use crate::migration::report::{DumpKind, RoundReport, StaysAs};
 use crate::migration::{JournalId, MigrationId};
 use crate::runtime::runc::{Container, Runc};
 use crate::runtime::{Frozen, Task};
-use records::Records;
 use crate::transport::TransportError;
 use crate::wire::message::{self, Message};
 use crate::wire::peer_error::PeerError;
+use records::Records;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -687,7 +687,10 @@ impl<'a, S: FrameSink> Handover<'a, S> {
 
     /// A record after the outcome: nothing waits for it, recovery can do without.
     fn note_record(&mut self, record: &Record) -> Option<SourceEvent> {
-        match self.journal.append_within(record, &in_time(RECORD_PATIENCE)) {
+        match self
+            .journal
+            .append_within(record, &in_time(RECORD_PATIENCE))
+        {
             Ok(()) => None,
             Err(error) => {
                 tracing::warn!(%error, "the outcome is not on record here");

@@ -232,14 +232,20 @@ fn nft(namespace: &Path, arguments: &[&str]) -> Result<String, String> {
     let mut child = command.spawn().map_err(|error| error.to_string())?;
     // A container stands still for it. What it prints fits into its pipes.
     let deadline = Instant::now() + NFT_PATIENCE;
-    while child.try_wait().map_err(|error| error.to_string())?.is_none() {
+    while child
+        .try_wait()
+        .map_err(|error| error.to_string())?
+        .is_none()
+    {
         if Instant::now() > deadline {
             let _ = child.kill();
             return Err(format!("nft does not end within {NFT_PATIENCE:?}"));
         }
         thread::sleep(Duration::from_millis(1));
     }
-    let output = child.wait_with_output().map_err(|error| error.to_string())?;
+    let output = child
+        .wait_with_output()
+        .map_err(|error| error.to_string())?;
     if output.status.success() {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     } else {

@@ -395,10 +395,7 @@ impl<S: FrameSink> Handover<'_, S> {
         if let Some(beside) = beside {
             interrupted = beside(self).err();
         }
-        let frames_per_stream = self
-            .sender
-            .as_ref()
-            .map_or_else(Vec::new, Sender::frames);
+        let frames_per_stream = self.sender.as_ref().map_or_else(Vec::new, Sender::frames);
         if let Some(interrupted) = interrupted {
             return Err(interrupted);
         }

@@ -110,7 +110,9 @@ pub enum RunError {
         why: String,
     },
     /// There was nothing left to go on.
-    #[error("the move was given up ({reason}), and {container} has ended by itself meanwhile: nothing of it is at the target")]
+    #[error(
+        "the move was given up ({reason}), and {container} has ended by itself meanwhile: nothing of it is at the target"
+    )]
     Ended {
         /// Which container.
         container: String,
@@ -328,8 +330,11 @@ fn move_container(
             done.map(|done| (guard, done))
         }
     };
+    // Kept to the end: a guard that finds the working directory there does all of it again.
+    let _guard;
     let (state, ended, timeline) = match begun {
-        Ok((_guard, done)) => {
+        Ok((guard, done)) => {
+            _guard = guard;
             let last = done.rounds.last().map_or(0, |round| round.round);
             emit(Event::Freezing {
                 why: done.why,

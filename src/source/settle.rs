@@ -664,12 +664,16 @@ impl Recovery<'_> {
 
     /// The processes of the dump that the dead engine started.
     fn dump(&self) -> Option<DumpProcesses> {
-        let runtime = self.recovered.leftovers.iter().find_map(|leftover| match leftover {
-            Leftover::Process { process, .. } => {
-                Some(Task::on_record(process.pid, process.start_time))
-            }
-            _ => None,
-        })?;
+        let runtime = self
+            .recovered
+            .leftovers
+            .iter()
+            .find_map(|leftover| match leftover {
+                Leftover::Process { process, .. } => {
+                    Some(Task::on_record(process.pid, process.start_time))
+                }
+                _ => None,
+            })?;
         self.same_boot()
             .then(|| DumpProcesses::new(runtime, &self.recovered.opened.work_dir))
     }

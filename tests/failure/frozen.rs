@@ -81,9 +81,7 @@ fn criu_killed_in_the_middle_of_its_dump_costs_the_container_only_the_wait() -> 
 /// CRIU goes on without it, and nobody would wait for it.
 #[test]
 fn a_runtime_killed_in_the_middle_of_the_dump_leaves_no_criu_at_work() -> Result<()> {
-    harmed_in_the_dump(|moving, _| {
-        signal(find(moving, &["runc", "checkpoint"])?, Signal::SIGKILL)
-    })
+    harmed_in_the_dump(|moving, _| signal(find(moving, &["runc", "checkpoint"])?, Signal::SIGKILL))
 }
 
 #[test]
@@ -146,7 +144,9 @@ fn goes_on_when_continued(stage: &Stage, host: &Host) -> Result<()> {
 fn wait_for_state(pid: i32, state: char) -> Result<()> {
     wait_until(&format!("process {pid} is not in state {state}"), || {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-        let now = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+        let now = stat
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.chars().next());
         Ok(now == Some(state))
     })
 }
@@ -156,8 +156,12 @@ fn wait_for_tracer(pid: i32, name: &str) -> Result<i32> {
     let mut tracer = 0;
     wait_until(&format!("no {name} has hold of process {pid}"), || {
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let found = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
-        tracer = found.and_then(|found| found.trim().parse().ok()).unwrap_or(0);
+        let found = status
+            .lines()
+            .find_map(|line| line.strip_prefix("TracerPid:"));
+        tracer = found
+            .and_then(|found| found.trim().parse().ok())
+            .unwrap_or(0);
         let comm = fs::read_to_string(format!("/proc/{tracer}/comm")).unwrap_or_default();
         Ok(tracer != 0 && comm.trim() == name)
     })?;

@@ -254,7 +254,10 @@ fn a_freeze_that_would_keep_neither_limit_is_none() {
                 ..
             }
         );
-        assert!(post_copy, "{mode:?}: post-copy keeps the downtime limit, {owed:?}");
+        assert!(
+            post_copy,
+            "{mode:?}: post-copy keeps the downtime limit, {owed:?}"
+        );
     }
 }
 

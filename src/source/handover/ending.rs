@@ -65,7 +65,7 @@ impl<S: FrameSink> Handover<'_, S> {
             instance,
             ..
         } = self.container;
-        if !self.paused {
+        if self.is_ours_to_thaw() {
             stop_again(&self.stopped);
             if let Err(error) = remains::let_go_on(self.runc, id, freezer, instance) {
                 tracing::error!(%error, "the container goes on, but not as it was");
@@ -80,13 +80,21 @@ impl<S: FrameSink> Handover<'_, S> {
                     self.ended.stands_still = Some(error.to_string());
                 }
             }
+        } else {
+            self.ended.gone = going_on::has_ended(freezer);
         }
         self.mark(Mark::Resumed);
+    }
+
+    /// Whether it is frozen by us: what its user paused stays paused.
+    fn is_ours_to_thaw(&self) -> bool {
+        !self.paused && self.timeline.at(Mark::FreezeBegan).is_some()
     }
 
     /// Has CRIU let go of what it holds: by the answer of its hooks, or if it does not get on, by a thaw that may be what it
     /// waits for, and in the end by force. Forced in the middle of its work it may leave connections in repair mode.
     fn end_dump(&mut self) {
+        let thaws = self.is_ours_to_thaw();
         let Some(dump) = &mut self.dump else { return };
         dump.call_off();
         let began = Instant::now();
@@ -103,7 +111,7 @@ impl<S: FrameSink> Handover<'_, S> {
             if dump.progress() != progress {
                 (progress, moved) = (dump.progress(), Instant::now());
             }
-            if moved.elapsed() > THAW_PATIENCE && !self.paused {
+            if thaws && moved.elapsed() > THAW_PATIENCE {
                 let _ = remains::thaw(&self.container.freezer, &self.container.instance);
             }
             if moved.elapsed() > STUCK_PATIENCE || began.elapsed() > CRIU_PATIENCE {
