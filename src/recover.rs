@@ -45,6 +45,7 @@ pub enum End {
 ///
 /// Migrations that had ended before are not among the findings.
 pub fn recover(state_dir: &Path) -> Result<Vec<Finding>, JournalError> {
+    crate::source::proofs::sweep(state_dir);
     let mut findings = Vec::new();
     for name in JournalDir::open(state_dir)?.list()? {
         let end = match name.side {

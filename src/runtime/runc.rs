@@ -45,6 +45,8 @@ pub struct Container {
     pub stdio: Vec<String>,
     /// The bundle's `config.json`.
     pub spec: serde_json::Value,
+    /// The CRIU options file that its `org.criu.config` annotation names: as it was started, which is what runc goes by.
+    pub annotated_criu_config: Option<PathBuf>,
 }
 
 /// What runc says of a container.
@@ -163,6 +165,7 @@ impl Runc {
             freezer,
             cgroups: state.cgroup_paths,
             stdio: state.external_descriptors,
+            annotated_criu_config: state.config.annotation("org.criu.config"),
             spec,
         })
     }
@@ -298,16 +301,6 @@ impl Container {
             Freezer::V2(ref path) => Some(CpuCgroup::V2(path.clone())),
         }
     }
-
-    /// The CRIU options file its `org.criu.config` annotation names.
-    pub fn annotated_criu_config(&self) -> Option<&Path> {
-        let path = self
-            .spec
-            .get("annotations")?
-            .get("org.criu.config")?
-            .as_str()?;
-        (!path.is_empty()).then_some(Path::new(path))
-    }
 }
 
 /// The line of runc's or CRIU's output that says what went wrong.
@@ -341,6 +334,22 @@ struct StateFile {
     cgroup_paths: BTreeMap<String, PathBuf>,
     #[serde(default)]
     external_descriptors: Vec<String>,
+    #[serde(default)]
+    config: StateConfig,
+}
+
+#[derive(Default, Deserialize)]
+struct StateConfig {
+    /// Annotations, each `NAME=VALUE`.
+    labels: Option<Vec<String>>,
+}
+
+impl StateConfig {
+    fn annotation(&self, name: &str) -> Option<PathBuf> {
+        let mut labels = self.labels.iter().flatten();
+        let value = labels.find_map(|label| label.strip_prefix(name)?.strip_prefix('='))?;
+        (!value.is_empty()).then(|| PathBuf::from(value))
+    }
 }
 
 #[derive(Deserialize)]

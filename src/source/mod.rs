@@ -13,9 +13,11 @@
 pub mod dump;
 pub mod guard;
 pub mod handover;
+pub mod host_mounts;
 pub mod link;
 pub mod plan;
 pub mod preflight;
+pub mod proofs;
 pub mod remains;
 pub mod residue;
 pub mod resume;

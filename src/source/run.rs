@@ -11,6 +11,7 @@ use super::handover::{Ended, Handover, Signal};
 use super::link::{Link, LinkError};
 use super::plan::Plan;
 use super::preflight::{self, Survey};
+use super::proofs::{self, ProofError, Proofs};
 use super::remains;
 use super::rootfs_copy::{RootfsCopy, RootfsCopyError};
 use super::rounds::{RoundsDone, RoundsError, name_of};
@@ -66,6 +67,9 @@ pub enum RunError {
     /// The target says nothing that makes sense.
     #[error("the target does not answer the first question: {0}")]
     NoAnswer(String),
+    /// What is said to be shared cannot be made ready to be proven.
+    #[error(transparent)]
+    Proof(#[from] ProofError),
     /// The journal cannot be written.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -82,7 +86,12 @@ pub enum RunError {
 impl RunError {
     /// Whether the host or its peer is not fit for the move, as opposed to a failure of ours.
     fn is_refusal(&self) -> bool {
-        !matches!(self, RunError::Journal(_) | RunError::System { .. })
+        !matches!(
+            self,
+            RunError::Journal(_)
+                | RunError::System { .. }
+                | RunError::Proof(ProofError::Record { .. })
+        )
     }
 }
 
@@ -125,8 +134,15 @@ fn move_container(
     let runc = Runc::new(&plan.runtime_root);
     let container = runc.container(plan.container.as_str())?;
     let criu = Criu::find()?;
-    let survey = preflight::survey(&container, &criu, plan.rootfs, plan.page_streams)
-        .map_err(system("looking at the container"))?;
+    proofs::sweep(&plan.state_dir);
+    let mut survey = preflight::survey(
+        &container,
+        &criu,
+        plan.rootfs,
+        &plan.shared,
+        plan.page_streams,
+    )
+    .map_err(system("looking at the container"))?;
     emit(Event::Preflight {
         side: Side::Source,
         findings: survey.findings.clone(),
@@ -149,7 +165,11 @@ fn move_container(
         signal.clone(),
         Signal::Heard,
     )?;
+    // Removed again as soon as the target has answered.
+    let (proofs, shared) = Proofs::write(&plan.state_dir, migration, &survey.places)?;
+    survey.requirements.shared = shared;
     let (accepted, mut refusals) = ask_target(plan, migration, &survey, &mut link, &signals)?;
+    drop(proofs);
     let hosts = PostCopyNeeds {
         skeleton: cache.skeleton.works(),
         lazy: accepted.lazy,

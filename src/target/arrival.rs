@@ -21,6 +21,7 @@ use super::receive::Receiver;
 use super::remains::Copy;
 use super::restore::{INVENTORY, Restore};
 use super::rootfs::{Limits, RootfsTarget};
+use super::shared::Proven;
 use crate::criu::binary::Criu;
 use crate::criu::hook::{HookServer, WaitingHook};
 use crate::criu::kernel_cache::KernelCache;
@@ -163,6 +164,8 @@ pub struct Arrival<'a> {
     times: Times,
     released: Option<Instant>,
     filled: bool,
+    /// What was proven to be the same as at the source.
+    shared: Vec<Proven>,
 }
 
 #[derive(Default)]
@@ -244,6 +247,10 @@ impl<'a> Arrival<'a> {
                 .saturating_mul(2)
                 .saturating_add(IMAGE_RESERVE),
         );
+        // The source removes the proofs once it is answered.
+        let shared = begin.requirements.shared.iter().map(Proven::new);
+        let shared: Result<Vec<Proven>, String> = shared.collect();
+        let shared = shared.map_err(|why| format!("no longer the same as at the source: {why}"))?;
         let arrival = Arrival {
             host,
             container: begin.container.clone(),
@@ -280,6 +287,7 @@ impl<'a> Arrival<'a> {
             times: Times::default(),
             released: None,
             filled: false,
+            shared,
         };
         if begin.requirements.rootfs == RootfsMode::Copied {
             arrival.receive_rootfs(connection, begin.requirements.rootfs_bytes)?;

@@ -26,4 +26,5 @@ pub mod remains;
 pub mod restore;
 pub mod rootfs;
 pub mod settle;
+pub mod shared;
 pub mod stdio;

@@ -247,6 +247,7 @@ impl<'a> Arrival<'a> {
             hook: None,
             restore: None,
             filled: pager.is_none(),
+            shared: Vec::new(),
             pager,
             armed: true,
             pager_lost: false,
