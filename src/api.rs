@@ -150,6 +150,13 @@ impl Migration {
         self
     }
 
+    /// A directory or a file that both hosts have under this path: a container that has it mounted may move. Both ends
+    /// prove it before anything is touched. It may be called more than once.
+    pub fn shared(mut self, path: impl Into<PathBuf>) -> Self {
+        self.plan.shared.push(path.into());
+        self
+    }
+
     /// The `migrate` program, for a program that embeds the engine: CRIU's hook and the guard are started from it. By
     /// default the program that runs.
     pub fn program(mut self, program: impl Into<PathBuf>) -> Self {

@@ -56,6 +56,7 @@ pub fn recover(
     state_dir: &Path,
     resume_source: Option<MigrationId>,
 ) -> Result<Vec<Finding>, JournalError> {
+    crate::source::proofs::sweep(state_dir);
     let mut findings = Vec::new();
     let journals = JournalDir::open(state_dir)?;
     prune(&journals, SystemTime::now());

@@ -88,6 +88,7 @@ fn begin(migration: u8) -> Result<Begin> {
             rootfs: RootfsMode::Copied,
             shared_rootfs: None,
             bind_sources: Vec::new(),
+            shared: Vec::new(),
             page_streams: 1,
         },
         dry_run: false,

@@ -128,6 +128,9 @@ struct Migration {
     /// Copy the root filesystem, or expect the same path at the target
     #[arg(long, value_enum, default_value = "copy")]
     rootfs: RootfsChoice,
+    /// A path that both hosts have in common and the container may have mounted; may be repeated
+    #[arg(long, value_name = "PATH")]
+    shared: Vec<PathBuf>,
     // Not the flattened StateDir: clap's derive leaves a struct that flattens another out of an Option.
     /// Where identity, trusted peers and journals are kept
     #[arg(long, value_name = "DIR", default_value = "/var/lib/migrate")]
@@ -310,6 +313,7 @@ impl From<Migration> for MovePlan {
                 RootfsChoice::Copy => RootfsMode::Copied,
                 RootfsChoice::Shared => RootfsMode::Shared,
             },
+            shared: typed.shared,
             state_dir: typed.state_dir,
             json: typed.json,
             report: typed.report,
@@ -444,7 +448,7 @@ mod tests {
     fn every_option_reaches_the_plan() {
         let plan = moved(
             "--to [::1]:7 web --tracker soft-dirty --max-rounds 4 --downtime-limit 80 --bandwidth-limit 1Gbit \
-             --mode hybrid --reconnect-timeout 7 --compress lz4 --timeout 10m --dry-run --runtime-root /r --rootfs shared --state-dir /s --json --report f",
+             --mode hybrid --reconnect-timeout 7 --compress lz4 --timeout 10m --dry-run --runtime-root /r --rootfs shared --shared /a --shared /b --state-dir /s --json --report f",
         );
         assert_eq!(plan.mode, Mode::Hybrid);
         assert_eq!(plan.reconnect_timeout, Duration::from_secs(7));
@@ -462,6 +466,7 @@ mod tests {
         );
         assert_eq!(plan.compression.to_string(), "lz4");
         assert_eq!(plan.rootfs, RootfsMode::Shared);
+        assert_eq!(plan.shared, ["/a", "/b"].map(PathBuf::from));
         assert!(plan.dry_run && plan.json);
         assert_eq!(
             (plan.runtime_root, plan.state_dir),

@@ -138,6 +138,9 @@ fn migration(plan: &MovePlan) -> Migration {
     if let Some(bandwidth) = plan.bandwidth {
         migration = migration.bandwidth_limit(bandwidth.0);
     }
+    for path in &plan.shared {
+        migration = migration.shared(path);
+    }
     match plan.tracker {
         Some(Tracker::UffdWp) => migration.tracker(TrackerKind::UffdWp),
         Some(Tracker::SoftDirty) => migration.tracker(TrackerKind::SoftDirty),

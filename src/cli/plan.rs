@@ -81,6 +81,8 @@ pub struct MovePlan {
     pub runtime_root: PathBuf,
     /// How the root filesystem gets there.
     pub rootfs: RootfsMode,
+    /// Paths that both hosts have in common.
+    pub shared: Vec<PathBuf>,
     /// Identity, trust and journals.
     pub state_dir: PathBuf,
     /// Events as JSON lines instead of a progress display.

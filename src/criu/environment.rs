@@ -3,10 +3,11 @@
 //! A runtime takes CRIU from the `PATH` and its extra options from a fixed file (`/etc/criu/runc.conf`, or the one an
 //! annotation names); CRIU takes its knowledge of the kernel from `/run/criu.kdat`, and options of its own from the file
 //! that `CRIU_CONFIG_FILE` names. The engine replaces all four for its own runtime only: it starts with other environment
-//! variables and in a mount namespace of its own, in which our files lie over those paths. What is not there is made,
-//! empty, for a mount needs something to lie on. Several migrations can run side by side, and other users of CRIU notice
+//! variables and in a mount namespace of its own, in which our files lie over those paths. Of the fixed ones, what is not
+//! there is made, empty, for a mount needs something to lie on; what an annotation names must be there ([`annotation`]). Several migrations can run side by side, and other users of CRIU notice
 //! nothing. `/etc/criu/default.conf` and `~/.criu/default.conf` still count: the administrator wrote them for every CRIU.
 
+use super::annotation;
 use super::binary::Criu;
 use crate::kernel::private_mounts::PrivateMounts;
 use std::fs::{self, OpenOptions};
@@ -56,7 +57,11 @@ impl Environment {
         command.env("PATH", self.criu.search_path());
         command.env("CRIU_CONFIG_FILE", &self.early_options);
         let mut mounts = PrivateMounts::new();
-        ensure_mount_point(&self.options_seen_at)?;
+        if self.options_seen_at == Path::new(RUNTIME_CONFIG) {
+            ensure_mount_point(&self.options_seen_at)?;
+        } else {
+            annotation::check(&self.options_seen_at).map_err(io::Error::other)?;
+        }
         mounts = mounts.bind(&self.options, &self.options_seen_at)?;
         if let Some(cache) = &self.kernel_cache {
             ensure_mount_point(Path::new(KERNEL_CACHE))?;

@@ -11,6 +11,7 @@
 //!  lazy_pages   the socket on which CRIU hands over userfaultfds at a restore
 //! ```
 
+pub mod annotation;
 pub mod binary;
 pub mod environment;
 pub mod hook;

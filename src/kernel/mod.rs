@@ -13,6 +13,7 @@
 //!  address_space ─── which processes share one memory
 //!  loopback ──────── brings up the loopback device of a restored container
 //!  tcp_repair ────── gives connections back that a dead CRIU was reading
+//!  mount_table ────── the mounts a process sees
 //!  private_mounts ── starts a program in a mount namespace of its own
 //!  userfaultfd_missing  fills missing pages of restored processes
 //!  file_table ────── whether threads share their descriptors
@@ -34,6 +35,7 @@ pub mod inject;
 pub mod ksm;
 pub mod loopback;
 pub mod maps;
+pub mod mount_table;
 pub mod open_files;
 pub mod page_tables;
 pub mod pagemap;

@@ -53,6 +53,8 @@ pub struct Container {
     pub stdio: Vec<String>,
     /// The bundle's `config.json`.
     pub spec: serde_json::Value,
+    /// The CRIU options file that its `org.criu.config` annotation names: as it was started, which is what runc goes by.
+    pub annotated_criu_config: Option<PathBuf>,
 }
 
 /// What runc says of a container.
@@ -206,6 +208,11 @@ impl Runc {
             freezer,
             cgroups: state.cgroup_paths,
             stdio: state.external_descriptors,
+            annotated_criu_config: state
+                .config
+                .label("org.criu.config")
+                .filter(|path| !path.is_empty())
+                .map(PathBuf::from),
             spec,
         })
     }
@@ -335,16 +342,6 @@ impl Container {
         let mark = self.spec.get("annotations")?.get(MARK)?.as_str()?;
         let marked = home::came_by(state_dir, &self.id, &self.bundle)?;
         (mark.parse() == Ok(marked)).then_some(marked)
-    }
-
-    /// The CRIU options file its `org.criu.config` annotation names.
-    pub fn annotated_criu_config(&self) -> Option<&Path> {
-        let path = self
-            .spec
-            .get("annotations")?
-            .get("org.criu.config")?
-            .as_str()?;
-        (!path.is_empty()).then_some(Path::new(path))
     }
 }
 

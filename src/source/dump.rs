@@ -133,7 +133,7 @@ impl PreparedDump {
             criu,
             &early_file,
             &options_file,
-            container.annotated_criu_config(),
+            container.annotated_criu_config.as_deref(),
             Some(&cache.file),
         );
         Ok(PreparedDump {

@@ -54,6 +54,8 @@ pub struct Plan {
     pub dry_run: bool,
     /// How the root filesystem gets to the target.
     pub rootfs: RootfsMode,
+    /// Directories and files of this host that the target has as well, for containers that have them mounted.
+    pub shared: Vec<PathBuf>,
     /// Page streams, and threads that read pages.
     pub page_streams: u16,
     /// The `migrate` program, which hooks and guard are started from. The program that runs, unless it only embeds the
@@ -81,6 +83,7 @@ impl Plan {
             auto_converge: false,
             dry_run: false,
             rootfs: RootfsMode::Copied,
+            shared: Vec::new(),
             page_streams: 2,
             program: std::env::current_exe().unwrap_or_else(|_| PathBuf::from("migrate")),
         }

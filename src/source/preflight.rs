@@ -7,6 +7,9 @@ use super::burden::Burden;
 use super::going_on::{traced_by, tracer_of};
 use super::plan::Plan;
 use super::writers::Look;
+use super::host_mounts::{self, HostMounts, Place, Provable};
+use super::rootfs::bytes_on_disk;
+use crate::criu::annotation;
 use crate::criu::binary::Criu;
 use crate::kernel::ptrace::living_thread;
 use crate::migration::event::{Finding, Verdict};
@@ -21,7 +24,6 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -35,6 +37,8 @@ pub struct Survey {
     pub findings: Vec<Finding>,
     /// What the target must have.
     pub requirements: Requirements,
+    /// What the target must have the same as here.
+    pub places: Vec<Place>,
     /// Its standard streams.
     pub stdio: [StdStream; 3],
     /// Whether TCP is spoken inside, now or soon: then CRIU must keep packets still during the dump.
@@ -98,7 +102,7 @@ impl Looks {
 
 /// Looks at everything that can be known before the move.
 pub fn survey(container: &Container, criu: &Criu, plan: &Plan) -> io::Result<Survey> {
-    let (rootfs, page_streams) = (plan.rootfs, plan.page_streams);
+    let (rootfs, shared, page_streams) = (plan.rootfs, &plan.shared, plan.page_streams);
     let mut looks = Looks::default();
     let mut refusals = Vec::new();
     match container.status {
@@ -183,9 +187,20 @@ pub fn survey(container: &Container, criu: &Criu, plan: &Plan) -> io::Result<Sur
         Freezer::V2(_) => CgroupVersion::V2,
     };
     let rootfs_bytes = match rootfs {
-        RootfsMode::Copied => tree_bytes(&container.rootfs)?,
+        RootfsMode::Copied => bytes_on_disk(&container.rootfs).map_err(io::Error::other)?,
         RootfsMode::Shared => 0,
     };
+    let mut mounts = match container.status {
+        Status::Running => host_mounts::look(container, shared, &mut refusals)?,
+        _ => HostMounts::default(),
+    };
+    if rootfs == RootfsMode::Shared {
+        mounts.shared.push(Place {
+            path: container.rootfs.clone(),
+            real: container.rootfs.canonicalize()?,
+            provable: Provable::Within,
+        });
+    }
     let requirements = Requirements {
         // Contents of tmpfs are memory there too.
         memory_bytes: memory_bytes + burden.tmpfs,
@@ -200,18 +215,27 @@ pub fn survey(container: &Container, criu: &Criu, plan: &Plan) -> io::Result<Sur
             RootfsMode::Copied => None,
             RootfsMode::Shared => shared_rootfs(&container.rootfs, &mut refusals),
         },
-        bind_sources: bind_sources(&container.spec, &mut refusals),
+        bind_sources: named(&mounts.everywhere, &mut refusals),
+        // Known when they are written.
+        shared: Vec::new(),
         page_streams,
     };
     looks.over(
         "mounts",
         &mut refusals,
-        "their sources can be named to the target".into(),
+        "none of this host but such as the target is said to have".into(),
     );
+    if let Some(path) = &container.annotated_criu_config
+        && let Err(error) = annotation::check(path)
+    {
+        refusals.push(error.to_string());
+    }
+    looks.over("annotations", &mut refusals, "none in the way".into());
     Ok(Survey {
         tasks,
         findings: looks.findings,
         requirements,
+        places: mounts.shared,
         stdio,
         speaks_tcp,
     })
@@ -498,22 +522,12 @@ pub fn writes_to_bind_mounts(spec: &Value) -> bool {
     bind_mounts(spec).any(|(_, options)| !options.iter().any(|option| option == "ro"))
 }
 
-/// Host paths that `config.json` mounts into the container.
-fn bind_sources(spec: &Value, refusals: &mut Vec<String>) -> Vec<AbsolutePath> {
-    let mut sources = Vec::new();
-    for (mount, _) in bind_mounts(spec) {
-        let source = mount
-            .get("source")
-            .and_then(Value::as_str)
-            .unwrap_or_default();
-        match source.parse() {
-            Ok(path) => sources.push(path),
-            Err(_) => refusals.push(format!(
-                "the bind mount source {source:?} in config.json is no plain absolute path: only those can be found at the target"
-            )),
-        }
-    }
-    sources
+/// Names for the target.
+fn named(paths: &[PathBuf], refusals: &mut Vec<String>) -> Vec<AbsolutePath> {
+    paths
+        .iter()
+        .filter_map(|path| shared_rootfs(path, refusals))
+        .collect()
 }
 
 fn shared_rootfs(rootfs: &Path, refusals: &mut Vec<String>) -> Option<AbsolutePath> {
@@ -526,31 +540,6 @@ fn shared_rootfs(rootfs: &Path, refusals: &mut Vec<String>) -> Option<AbsolutePa
     }
     path
 }
-
-/// What a tree takes on disk, on its own filesystem.
-fn tree_bytes(root: &Path) -> io::Result<u64> {
-    let device = fs::metadata(root)?.dev();
-    let mut bytes = 0;
-    let mut directories = vec![root.to_path_buf()];
-    while let Some(directory) = directories.pop() {
-        let entries = match fs::read_dir(&directory) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error),
-        };
-        for entry in entries.flatten() {
-            let Ok(metadata) = entry.metadata() else {
-                continue;
-            };
-            bytes += metadata.blocks() * 512;
-            if metadata.is_dir() && metadata.dev() == device {
-                directories.push(entry.path());
-            }
-        }
-    }
-    Ok(bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,6 +11,7 @@ use super::handover::{Ended, Handover, Signal};
 use super::link::{Link, LinkError};
 use super::plan::Plan;
 use super::preflight::{self, Survey};
+use super::proofs::{self, ProofError, Proofs};
 use super::remains;
 use super::rootfs_copy::{RootfsCopy, RootfsCopyError};
 use super::rounds::{RoundsDone, RoundsError, name_of};
@@ -91,6 +92,9 @@ pub enum RunError {
     /// The target says nothing that makes sense.
     #[error("the target does not answer the first question: {0}")]
     NoAnswer(String),
+    /// What is said to be shared cannot be made ready to be proven.
+    #[error(transparent)]
+    Proof(#[from] ProofError),
     /// The journal cannot be written.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -139,6 +143,7 @@ impl RunError {
                 | RunError::Lock(LockError::File { .. })
                 | RunError::StandsStill { .. }
                 | RunError::Ended { .. }
+                | RunError::Proof(ProofError::Record { .. })
         )
     }
 }
@@ -184,7 +189,8 @@ fn move_container(
     let container = runc.container(plan.container.as_str())?;
     let watch = Watch::begin(&container).map_err(system("looking at the container"))?;
     let criu = Criu::find()?;
-    let survey =
+    proofs::sweep(&plan.state_dir);
+    let mut survey =
         preflight::survey(&container, &criu, plan).map_err(system("looking at the container"))?;
     emit(Event::Preflight {
         side: Side::Source,
@@ -211,7 +217,11 @@ fn move_container(
         signal.clone(),
         Signal::Heard,
     )?;
+    // Removed again as soon as the target has answered.
+    let (proofs, shared) = Proofs::write(&plan.state_dir, migration, &survey.places)?;
+    survey.requirements.shared = shared;
     let (accepted, mut refusals) = ask_target(plan, migration, &survey, &mut link, &signals)?;
+    drop(proofs);
     let hosts = PostCopyNeeds {
         skeleton: cache.skeleton.works(),
         lazy: accepted.lazy,

@@ -22,6 +22,7 @@ use super::receive::Receiver;
 use super::remains::{Copy, Made};
 use super::restore::{INVENTORY, Restore};
 use super::rootfs::{Limits, RootfsTarget, sync_files};
+use super::shared::Proven;
 use crate::criu::binary::Criu;
 use crate::criu::hook::{HookServer, WaitingHook};
 use crate::criu::kernel_cache::KernelCache;
@@ -176,6 +177,8 @@ pub struct Arrival<'a> {
     filled: bool,
     /// When the outcome was said.
     told: Option<Instant>,
+    /// What was proven to be the same as at the source.
+    shared: Vec<Proven>,
 }
 
 #[derive(Default)]
@@ -262,6 +265,10 @@ impl<'a> Arrival<'a> {
                 .saturating_add(begin.requirements.rootfs_bytes)
                 .saturating_add(IMAGE_RESERVE),
         );
+        // The source removes the proofs once it is answered.
+        let shared = begin.requirements.shared.iter().map(Proven::new);
+        let shared: Result<Vec<Proven>, String> = shared.collect();
+        let shared = shared.map_err(|why| format!("no longer the same as at the source: {why}"))?;
         let arrival = Arrival {
             host,
             container: begin.container.clone(),
@@ -300,6 +307,7 @@ impl<'a> Arrival<'a> {
             released: None,
             filled: false,
             told: None,
+            shared,
         };
         if begin.requirements.rootfs == RootfsMode::Copied {
             arrival.receive_rootfs(connection, begin.requirements.rootfs_bytes)?;

@@ -26,5 +26,6 @@ pub mod remains;
 pub mod restore;
 pub mod rootfs;
 pub mod settle;
+pub mod shared;
 mod stall;
 pub mod stdio;

@@ -1,6 +1,7 @@
 //! Whether a container can come here: looked at before anything is received.
 
 use super::processor::a_program_may_need;
+use super::shared::Proven;
 use crate::criu::binary::Criu;
 use crate::runtime::home::{Home, HomeError};
 use crate::runtime::runc::Runc;
@@ -102,10 +103,14 @@ pub fn refusals(begin: &Begin, criu: &Criu, runc: &Runc, state_dir: &Path) -> Ve
             refuse(PeerError::BindSourceMissing, source.as_str().to_string());
         }
     }
-    if let Some(rootfs) = &needs.shared_rootfs
-        && !Path::new(rootfs.as_str()).is_dir()
-    {
-        refuse(PeerError::RootfsNotShared, rootfs.as_str().to_string());
+    for shared in &needs.shared {
+        if let Err(why) = Proven::new(shared) {
+            let code = match needs.shared_rootfs.as_ref() == Some(&shared.path) {
+                true => PeerError::RootfsNotShared,
+                false => PeerError::BindSourceDiffers,
+            };
+            refuse(code, why);
+        }
     }
     refusals
 }
@@ -134,7 +139,20 @@ fn available_memory() -> u64 {
 mod tests {
     use super::*;
     use crate::migration::MigrationId;
+    use crate::wire::message::shared::{Proof, Secret, Shared};
     use crate::wire::message::{CriuVersion, Requirements, RootfsMode};
+
+    /// A directory of this host, and a proof that nobody has written.
+    fn unproven() -> Shared {
+        Shared {
+            path: "/proc".parse().expect("a path"),
+            real: "/proc".parse().expect("a path"),
+            proof: Proof::Written {
+                name: Secret::from_bytes([1; 16]),
+                content: Secret::from_bytes([2; 16]),
+            },
+        }
+    }
 
     /// A container that any host has room for.
     fn modest(criu: &Criu) -> Begin {
@@ -152,6 +170,7 @@ mod tests {
                 rootfs: RootfsMode::Copied,
                 shared_rootfs: None,
                 bind_sources: vec!["/proc".parse().expect("a path")],
+                shared: Vec::new(),
                 page_streams: 1,
             },
             dry_run: false,
@@ -162,7 +181,7 @@ mod tests {
     #[test]
     fn each_thing_that_is_missing_here_has_a_refusal_of_its_own() {
         type Spoil = fn(&mut Requirements);
-        let cases: [(Spoil, PeerError); 7] = [
+        let cases: [(Spoil, PeerError); 8] = [
             (|needs| needs.memory_bytes = 1 << 49, PeerError::MemoryShort),
             (|needs| needs.rootfs_bytes = 1 << 49, PeerError::DiskShort),
             (
@@ -193,8 +212,15 @@ mod tests {
                 PeerError::BindSourceMissing,
             ),
             (
-                |needs| needs.shared_rootfs = Some("/nonexistent".parse().expect("a path")),
+                |needs| {
+                    needs.shared_rootfs = Some("/proc".parse().expect("a path"));
+                    needs.shared.push(unproven());
+                },
                 PeerError::RootfsNotShared,
+            ),
+            (
+                |needs| needs.shared.push(unproven()),
+                PeerError::BindSourceDiffers,
             ),
         ];
         let criu = Criu::find().expect("CRIU: scripts/setup installs it");

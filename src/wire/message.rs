@@ -28,6 +28,7 @@
 //! What the types in [`body`] promise is checked when a message is read and again when one is written.
 
 pub mod body;
+pub mod shared;
 mod text;
 
 pub use body::*;

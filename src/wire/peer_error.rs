@@ -74,10 +74,11 @@ peer_errors! {
     109 CriuMissing "CRIU does not work at the target"
     110 CriuTooOld "the target's CRIU is too old for this container or kernel"
     111 RuntimeMissing "the container runtime does not work at the target"
-    112 RootfsNotShared "the root filesystem is said to be shared but is not there at the target"
+    112 RootfsNotShared "the root filesystem is said to be shared but the target does not have the same"
     113 BindSourceMissing "a bind mount's source is missing at the target"
     114 KernelFeatureMissing "the target's kernel lacks a feature the restore needs"
     115 UnknownMigration "the target knows no such migration"
+    116 BindSourceDiffers "a bind mount's source is said to be shared but the target does not have the same"
     // 200–299: failures that roll a migration back.
     200 ReceiveFailed "the target could not take in the pages"
     201 PagesMissing "pages that the container has were never received"

@@ -335,3 +335,90 @@ fn a_disk_that_fills_up_at_the_target_costs_the_container_nothing() -> Result<()
     stage.expect_rolled_back(Some(&agent))?;
     stage.expect_next_try()
 }
+
+/// A container whose bind mounts are other ones at the target would go on with other data.
+#[test]
+fn what_is_mounted_from_the_host_moves_only_if_the_target_has_proven_the_same() -> Result<()> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let stage = Stage::new(&a, &b)?;
+    let agent = stage.agent(&[HASTE])?;
+    // What a network filesystem does: one directory at the same path of both hosts.
+    let network = tempfile::tempdir_in("/var/tmp")?;
+    let source = network.path().display().to_string();
+    for host in [&a, &b] {
+        std::fs::create_dir(host.path("/srv/volume"))?;
+        std::fs::write(host.path("/srv/fixed"), host.name())?;
+    }
+    a.run("mount", ["--bind", &source, "/srv/volume"])?;
+    std::fs::create_dir(network.path().join("data"))?;
+    std::fs::create_dir(b.path("/srv/volume/data"))?;
+    let bind = |source: &str, access: &str| json!({ "destination": source, "type": "bind", "source": source, "options": ["rbind", access] });
+    let options = ContainerOptions {
+        mounts: vec![bind("/srv/volume/data", "rw"), bind("/srv/fixed", "ro")],
+        ..ContainerOptions::default()
+    };
+    let workload = Workload::memory_writer(8, 0);
+    let bound = Container::create(&a, "bound", &workload, &options)?;
+    let to = format!("{}:7070", stage.link.second());
+    let expect = |shared: &[&str], code: i32, why: &str| -> Result<()> {
+        let mut command = vec!["migrate", "--to", &to, "bound"];
+        command.extend(shared.iter().flat_map(|path| ["--shared", *path]));
+        let mut moving = a.spawn("env", [&[HASTE][..], &command].concat())?;
+        stage.expect_exit(&mut moving, code)?;
+        let said = moving.output()?;
+        ensure!(said.contains(why), "it does not say {why:?}:\n{said}");
+        let left = std::fs::read_dir(network.path().join("data"))?.count();
+        ensure!(left == 0, "proofs are left in the volume");
+        Ok(())
+    };
+    expect(&[], 3, "say --shared /srv/volume/data")?;
+    expect(&["/srv/volume"], 3, "say --shared /srv/fixed")?;
+    expect(
+        &["/srv/volume", "/srv/fixed"],
+        3,
+        "does not have the same: /srv/volume/data",
+    )?;
+    b.run("mount", ["--bind", &source, "/srv/volume"])?;
+    expect(
+        &["/srv/volume", "/srv/fixed"],
+        3,
+        "does not have the same: /srv/fixed",
+    )?;
+    ensure!(bound.verify(&a, LIMIT)?.verified);
+    stage.expect_untouched(&agent)?;
+    std::fs::write(b.path("/srv/fixed"), a.name())?;
+    expect(&["/srv/volume", "/srv/fixed"], 0, "")?;
+    ensure!(bound.verify(&b, LIMIT)?.verified);
+    std::fs::write(network.path().join("data/seen"), "by both")?;
+    let inside = format!("/proc/{}/root/srv/volume/data/seen", bound.pid(&b)?);
+    ensure!(std::fs::read_to_string(inside)? == "by both");
+    Ok(())
+}
+
+/// Whoever writes a container's annotations need not be root of the host.
+#[test]
+fn an_annotation_makes_no_path_of_the_host() -> Result<()> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let stage = Stage::new(&a, &b)?;
+    let agent = stage.agent(&[HASTE])?;
+    let annotation = (
+        "org.criu.config".to_owned(),
+        json!("/srv/made/by/annotation"),
+    );
+    let options = ContainerOptions {
+        annotations: [annotation].into_iter().collect(),
+        ..ContainerOptions::default()
+    };
+    let workload = Workload::memory_writer(8, 0);
+    let noted = Container::create(&a, "noted", &workload, &options)?;
+    expect_refusal(
+        &stage,
+        "noted",
+        "org.criu.config names \"/srv/made/by/annotation\"",
+    )?;
+    for host in [&a, &b] {
+        ensure!(!host.path("/srv/made").exists());
+    }
+    ensure!(noted.verify(&a, LIMIT)?.verified);
+    stage.expect_untouched(&agent)
+}

@@ -348,6 +348,23 @@ fn a_directory_swapped_for_a_symlink_never_leads_out_of_the_source() {
 }
 
 #[test]
+fn a_directory_swapped_for_a_symlink_while_the_tree_is_measured_is_not_followed() {
+    let trees = Trees::new();
+    let outside = trees.home.path().join("outside");
+    fs::create_dir(&outside).unwrap();
+    fs::write(outside.join("large"), vec![1; 8 << 20]).unwrap();
+    let (directory, link) = (trees.source.join("directory"), trees.source.join("link"));
+    fs::create_dir(&directory).unwrap();
+    symlink(&outside, &link).unwrap();
+    let program = Program::compile(&trees);
+    let _swapper = program.start("swap", &[&directory, &link]);
+    for _ in 0..2000 {
+        let bytes = migrate::source::rootfs::bytes_on_disk(&trees.source).unwrap();
+        assert!(bytes < 1 << 20, "{bytes}");
+    }
+}
+
+#[test]
 fn what_is_mounted_in_the_tree_stays_where_it_is() {
     let trees = Trees::new();
     let root = &trees.source;

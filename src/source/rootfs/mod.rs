@@ -71,6 +71,18 @@ pub struct RootfsSource {
     buffer: Vec<u8>,
 }
 
+/// What the tree at `root` takes on disk, without what is mounted in it.
+pub fn bytes_on_disk(root: &Path) -> Result<u64, SourceError> {
+    let mut bytes = 0;
+    SourceTree::open(root)?.walk(|_, stamp, blocks| {
+        if !stamp.mount_point {
+            bytes += blocks * 512;
+        }
+        Ok(())
+    })?;
+    Ok(bytes)
+}
+
 /// What one pass did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Summary {
@@ -219,7 +231,7 @@ impl<S: Read + Write> Pass<'_, S> {
             ..
         } = &mut *self.source;
         let mut changed = Vec::new();
-        self.summary.entries = tree.walk(|path, stamp| {
+        self.summary.entries = tree.walk(|path, stamp, _| {
             if !known.is_settled(path, stamp, writers) {
                 changed.push(Found {
                     path: TreePath::parse(path)?,

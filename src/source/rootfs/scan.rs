@@ -10,7 +10,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 use std::ffi::CStr;
 use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 /// A file, whatever its names: what `stat` calls `st_dev` and `st_ino`. On overlayfs `/proc/PID/maps` shows
 /// the numbers of a lower layer; `stat` of `/proc/PID/map_files/…` gives these.
@@ -64,8 +64,7 @@ impl Stamp {
         name: &CStr,
         flags: AtFlags,
     ) -> Result<Stamp, Errno> {
-        let flags = flags | AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
-        Stamp::new(&statx(directory, name, flags, StatxFlags::BASIC_STATS)?)
+        seen_at(directory, name, flags).map(|(stamp, _)| stamp)
     }
 
     /// The stamp of what a link of /proc leads to; nothing is opened.
@@ -112,6 +111,13 @@ impl Stamp {
     }
 }
 
+/// An entry's stamp, and the 512-byte blocks it takes.
+fn seen_at(directory: BorrowedFd<'_>, name: &CStr, flags: AtFlags) -> Result<(Stamp, u64), Errno> {
+    let flags = flags | AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    let stat = statx(directory, name, flags, StatxFlags::BASIC_STATS)?;
+    Ok((Stamp::new(&stat)?, stat.stx_blocks))
+}
+
 fn timestamp(time: &StatxTimestamp) -> Timestamp {
     Timestamp {
         seconds: time.tv_sec,
@@ -120,11 +126,11 @@ fn timestamp(time: &StatxTimestamp) -> Timestamp {
 }
 
 impl SourceTree {
-    /// Calls `each` for every entry below the root, parents before children. What vanishes while it is
+    /// Calls `each` for every entry below the root, parents before children, with the 512-byte blocks it takes. What vanishes while it is
     /// looked at is left out. Returns how many entries there were.
     pub(super) fn walk(
         &self,
-        mut each: impl FnMut(&[u8], &Stamp) -> Result<(), SourceError>,
+        mut each: impl FnMut(&[u8], &Stamp, u64) -> Result<(), SourceError>,
     ) -> Result<u64, SourceError> {
         let mut listing = vec![MaybeUninit::uninit(); 64 << 10];
         let mut ahead = vec![Vec::new()];
@@ -155,14 +161,13 @@ impl SourceTree {
                 }
                 path.truncate(prefix);
                 path.extend_from_slice(name.to_bytes());
-                let stamp =
-                    match Stamp::at(std::os::fd::AsFd::as_fd(&opened), name, AtFlags::empty()) {
-                        Ok(stamp) => stamp,
-                        Err(errno) if gone(errno) => continue,
-                        Err(errno) => return failed("looking at", &path, errno),
-                    };
+                let (stamp, blocks) = match seen_at(opened.as_fd(), name, AtFlags::empty()) {
+                    Ok(seen) => seen,
+                    Err(errno) if gone(errno) => continue,
+                    Err(errno) => return failed("looking at", &path, errno),
+                };
                 entries += 1;
-                each(&path, &stamp)?;
+                each(&path, &stamp, blocks)?;
                 if stamp.file_type == FileType::Directory && !stamp.mount_point {
                     ahead.push(path.clone());
                 }

@@ -19,15 +19,14 @@
 use super::scan::{FileId, FileType, Stamp};
 use crate::kernel::file_table;
 use crate::kernel::maps::shared_file_mappings;
+use crate::kernel::mount_table::{Mount, unescaped};
 use crate::kernel::ptrace::{living_thread, living_threads};
 use rustix::fs::{AtFlags, CWD, StatxFlags, fstatfs, statat, statfs, statx};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
-use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 /// Lists the pids of the container's processes.
@@ -180,31 +179,12 @@ fn times_tell(root: BorrowedFd<'_>) -> bool {
 /// Where the overlay at `root` keeps what is written, if its mount says so by a path that can be looked up here.
 fn upper_directory(root: BorrowedFd<'_>) -> Option<PathBuf> {
     let stat = statx(root, c"", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID).ok()?;
-    let mounts = fs::read("/proc/thread-self/mountinfo").ok()?;
-    let id = format!("{} ", stat.stx_mnt_id);
-    let line = mounts
-        .split(|byte| *byte == b'\n')
-        .find(|line| line.starts_with(id.as_bytes()))?;
-    let options = line.rsplit(|byte| *byte == b' ').next()?;
-    let upper = options
+    let mounts = Mount::list("thread-self").ok()?;
+    let mount = mounts.iter().find(|mount| mount.id == stat.stx_mnt_id)?;
+    let upper = mount
+        .options
         .split(|byte| *byte == b',')
         .find_map(|option| option.strip_prefix(b"upperdir="))?;
-    let upper = PathBuf::from(OsString::from_vec(unescaped(upper)));
+    let upper = unescaped(upper);
     upper.is_absolute().then_some(upper)
-}
-
-/// The kernel writes spaces, tabs, newlines and backslashes of a path as three octal digits.
-fn unescaped(text: &[u8]) -> Vec<u8> {
-    let mut plain = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let Some((first, after)) = rest.split_first() {
-        let octal = (*first == b'\\')
-            .then(|| after.get(..3))
-            .flatten()
-            .and_then(|digits| std::str::from_utf8(digits).ok())
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        plain.push(octal.unwrap_or(*first));
-        rest = if octal.is_some() { &after[3..] } else { after };
-    }
-    plain
 }

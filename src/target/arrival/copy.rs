@@ -193,6 +193,11 @@ impl Arrival<'_> {
     /// Composes the images and lets CRIU begin.
     pub(super) fn start_restore(&mut self) -> Result<(), (PeerError, String)> {
         let start = Instant::now();
+        // Minutes have passed since they were proven, and the restore goes by paths.
+        if let Some(moved) = self.shared.iter().find(|proven| !proven.holds()) {
+            let path = moved.path().display().to_string();
+            return Err((PeerError::BindSourceDiffers, path));
+        }
         let images = self.work.join("images");
         let lazy = self.is_lazy();
         let delivery = if lazy {

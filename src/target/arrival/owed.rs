@@ -249,6 +249,7 @@ impl<'a> Arrival<'a> {
             hook: None,
             restore: None,
             filled: false,
+            shared: Vec::new(),
             pager,
             armed: true,
             watched: paged,

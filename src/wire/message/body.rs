@@ -1,5 +1,6 @@
 //! The bodies of the control messages, as plain structs whose fields hold only what is allowed.
 
+use super::shared::Shared;
 use super::text::PeerText;
 use crate::memory::SpaceId;
 use crate::wire::id::{ContainerId, JournalId, MigrationId};
@@ -67,9 +68,12 @@ pub struct Requirements {
     pub rootfs: RootfsMode,
     /// Where a shared root filesystem is, on both hosts.
     pub shared_rootfs: Option<AbsolutePath>,
-    /// Host paths that the container mounts and the target must have.
+    /// Host paths that the container mounts and the target must have, each host its own.
     #[serde(deserialize_with = "at_most::<MAX_BIND_SOURCES, _, _>")]
     pub bind_sources: Vec<AbsolutePath>,
+    /// What must be the same at both hosts: declared bind mounts, and a shared root filesystem.
+    #[serde(deserialize_with = "at_most::<MAX_BIND_SOURCES, _, _>")]
+    pub shared: Vec<Shared>,
     /// How many page streams the source will open, 1 to [`MAX_PAGE_STREAMS`].
     pub page_streams: u16,
 }
@@ -88,6 +92,11 @@ impl Requirements {
         }
         if self.shared_rootfs.is_some() != (self.rootfs == RootfsMode::Shared) {
             return Some("a path is given for a shared root filesystem, and only then");
+        }
+        let proven =
+            |rootfs: &AbsolutePath| self.shared.iter().any(|shared| shared.path == *rootfs);
+        if !self.shared_rootfs.iter().all(proven) {
+            return Some("a shared root filesystem is among what is shared");
         }
         None
     }

@@ -30,6 +30,10 @@ pub struct ContainerOptions {
     pub forbidden_calls: Vec<String>,
     /// User and group the workload runs as; 0 unless said.
     pub user: u32,
+    /// Further mounts, as `config.json` has them.
+    pub mounts: Vec<Value>,
+    /// Annotations, as `config.json` has them.
+    pub annotations: serde_json::Map<String, Value>,
     /// Standard output and error are pipes that somebody on the first host reads, and not `/dev/null`.
     pub piped: bool,
     /// Reads from the disk that the host lies on are held to so many a second, where the kernel can do that: each is under way
@@ -284,6 +288,12 @@ fn adapt(spec: &mut Value, id: &str, workload: &Workload, options: &ContainerOpt
     ]);
     spec["root"]["readonly"] = json!(false);
     spec["hostname"] = json!(id);
+    if let Some(mounts) = spec["mounts"].as_array_mut() {
+        mounts.extend(options.mounts.iter().cloned());
+    }
+    if !options.annotations.is_empty() {
+        spec["annotations"] = json!(options.annotations);
+    }
     let linux = &mut spec["linux"];
     linux["cgroupsPath"] = json!(format!("/{id}"));
     if let Some(mib) = options.memory_limit_mib {
