@@ -8,6 +8,7 @@ use crate::kernel::ptrace::living_thread;
 use crate::migration::event::{Finding, Verdict};
 use crate::runtime::runc::{Container, Status};
 use crate::runtime::{Freezer, Task};
+use crate::target::arrival::MOST_SPACES;
 use crate::wire::message::{
     Arch, CgroupVersion, CpuFlag, CriuVersion, Requirements, RootfsMode, StdStream,
 };
@@ -113,6 +114,7 @@ pub fn survey(
         check_network(container.init_pid, &mut refusals)?;
         speaks_tcp = has_tcp(container.init_pid, &[TCP_ESTABLISHED, TCP_LISTEN]);
         looks.over("network", &mut refusals, "loopback only".into());
+        refusals.extend(too_many(tasks.iter().filter(|task| !task.zombie).count()));
         check_open_files(container, &tasks, &mut refusals)?;
         check_limits(container, &tasks, &mut refusals)?;
         looks.over(
@@ -271,6 +273,13 @@ const TCP_ESTABLISHED: &str = "01";
 
 /// The same for a socket that waits for connections: without one none can come to be inside.
 const TCP_LISTEN: &str = "0A";
+
+/// Refused here, and not when the target's store is full of them.
+fn too_many(processes: usize) -> Option<String> {
+    (processes > MOST_SPACES).then(|| {
+        format!("the container has {processes} processes, and at most {MOST_SPACES} can move: end some first")
+    })
+}
 
 /// A file outside the container's mounts cannot be found again at the target.
 fn check_open_files(
@@ -482,6 +491,16 @@ fn tree_bytes(root: &Path) -> io::Result<u64> {
 mod tests {
     use super::*;
     use std::cell::Cell;
+
+    #[test]
+    fn more_processes_than_a_target_takes_are_refused() {
+        assert_eq!(too_many(MOST_SPACES), None);
+        let refusal = too_many(MOST_SPACES + 1).expect("refused");
+        assert!(
+            refusal.contains("4097") && refusal.contains("4096"),
+            "{refusal}"
+        );
+    }
 
     #[test]
     fn what_ends_in_time_does_not_stay_so() {

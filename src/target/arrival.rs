@@ -667,7 +667,7 @@ impl<'a> Arrival<'a> {
 }
 
 /// The most address spaces of one container: each takes a descriptor here and in the pager.
-const MOST_SPACES: usize = 4096;
+pub const MOST_SPACES: usize = 4096;
 
 /// Bytes of pages above what the source announced: processes start and grow meanwhile.
 const PAGE_RESERVE: u64 = 256 << 20;

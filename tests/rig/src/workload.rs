@@ -200,9 +200,16 @@ fn source_dir(name: &str) -> PathBuf {
 
 /// Compiles every workload.
 pub(crate) fn compile_all() -> Result<()> {
-    ["memory-writer", "zoo", "redis", "file-mutator", "prefork", "crowd"]
-        .into_iter()
-        .try_for_each(|name| compile(name).map(drop))
+    [
+        "memory-writer",
+        "zoo",
+        "redis",
+        "file-mutator",
+        "prefork",
+        "crowd",
+    ]
+    .into_iter()
+    .try_for_each(|name| compile(name).map(drop))
 }
 
 /// The top of this repository: this crate lies in `tests/rig`.
