@@ -108,21 +108,23 @@ pub fn resume(state_dir: &Path) -> Result<Vec<Finding>, JournalError> {
 }
 
 fn source_end(state_dir: &Path, migration: MigrationId, sharing: Sharing) -> Option<End> {
-    Some(match source::settle_as(state_dir, migration, PATIENCE, sharing, None) {
-        Ok(None) => End::Running(None),
-        Ok(Some(Settled::Held { by })) => End::Running(Some(by)),
-        Ok(Some(Settled::Already)) => return None,
-        Ok(Some(Settled::Committed)) => End::Moved,
-        Ok(Some(Settled::RolledBack)) => End::RolledBack,
-        Ok(Some(Settled::TakenBack)) => End::TakenBack,
-        Ok(Some(Settled::Stranded)) => End::Stranded,
-        Ok(Some(Settled::StandsStill { reason })) => End::Stuck(format!(
-            "rolled back, and the container does not go on: {reason}"
-        )),
-        Ok(Some(Settled::Unknown { reason })) => End::Unknown(reason),
-        Ok(Some(Settled::Incomplete { reason, .. })) => End::Incomplete(reason),
-        Err(error) => End::Stuck(error.to_string()),
-    })
+    Some(
+        match source::settle_as(state_dir, migration, PATIENCE, sharing, None) {
+            Ok(None) => End::Running(None),
+            Ok(Some(Settled::Held { by })) => End::Running(Some(by)),
+            Ok(Some(Settled::Already)) => return None,
+            Ok(Some(Settled::Committed)) => End::Moved,
+            Ok(Some(Settled::RolledBack)) => End::RolledBack,
+            Ok(Some(Settled::TakenBack)) => End::TakenBack,
+            Ok(Some(Settled::Stranded)) => End::Stranded,
+            Ok(Some(Settled::StandsStill { reason })) => End::Stuck(format!(
+                "rolled back, and the container does not go on: {reason}"
+            )),
+            Ok(Some(Settled::Unknown { reason })) => End::Unknown(reason),
+            Ok(Some(Settled::Incomplete { reason, .. })) => End::Incomplete(reason),
+            Err(error) => End::Stuck(error.to_string()),
+        },
+    )
 }
 
 fn target_end(state_dir: &Path, migration: MigrationId) -> Option<End> {

@@ -91,7 +91,11 @@ fn hundreds_of_processes_move() -> Result<()> {
 #[test]
 fn processes_that_live_for_a_moment_leave_nothing_in_the_page_store() -> Result<()> {
     let crowd = ["--forks-per-s=200", "--lives-ms=100", "--heap-mib=4"];
-    let options = ["--mode=pre-copy", "--bandwidth-limit=60M", "--compress=none"];
+    let options = [
+        "--mode=pre-copy",
+        "--bandwidth-limit=60M",
+        "--compress=none",
+    ];
     move_once_with(&Workload::new("crowd", crowd), &options).map(drop)
 }
 

@@ -123,7 +123,8 @@ pub fn trace_within<T: Send + 'static>(
             // Whoever asked may have gone.
             let _ = done.send(made);
         });
-    let tracer = spawned.map_err(|error| refused("making a thread to trace", 0, errno_of(&error)))?;
+    let tracer =
+        spawned.map_err(|error| refused("making a thread to trace", 0, errno_of(&error)))?;
     let asked = Instant::now();
     loop {
         match result.recv_timeout(Duration::from_millis(5)) {
@@ -575,11 +576,7 @@ enum Stop {
     Signal(libc::c_int),
 }
 
-fn wait_patiently(
-    tid: i32,
-    patience: Duration,
-    late: &mut dyn FnMut(),
-) -> Result<Stop, StopError> {
+fn wait_patiently(tid: i32, patience: Duration, late: &mut dyn FnMut()) -> Result<Stop, StopError> {
     let (mut waited, mut looked) = (Duration::ZERO, Instant::now());
     loop {
         if let Some(stop) = wait(tid, libc::WNOHANG)? {

@@ -261,9 +261,7 @@ impl AsFd for MissingUffd {
 /// was moved over it (EEXIST). A change is counted before it can be seen, and until its event was read. So if the same is said
 /// a second time, and no event was read meanwhile, then nothing was uncounted when it was said first, and it was true of
 /// the address space as the events tell it. A success needs no such proof: it is counted and placed under one lock.
-fn believable(
-    mut place: impl FnMut() -> Result<Placed, UffdError>,
-) -> Result<Placed, UffdError> {
+fn believable(mut place: impl FnMut() -> Result<Placed, UffdError>) -> Result<Placed, UffdError> {
     let mut before = None;
     loop {
         let placed = place()?;

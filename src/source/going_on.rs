@@ -4,7 +4,9 @@
 //! rollback is one only when the freezer says that nothing is frozen and no task is in the hands of the dump.
 
 use super::dump_processes::DumpProcesses;
-use crate::runtime::{FreezeError, Freezer, FreezerState, Instance, Task, is_gone, tasks_of_cgroup};
+use crate::runtime::{
+    FreezeError, Freezer, FreezerState, Instance, Task, is_gone, tasks_of_cgroup,
+};
 use std::fs;
 use std::io;
 use std::path::Path;

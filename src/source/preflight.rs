@@ -5,10 +5,10 @@
 
 use super::burden::Burden;
 use super::going_on::{traced_by, tracer_of};
-use super::plan::Plan;
-use super::writers::Look;
 use super::host_mounts::{self, HostMounts, Place, Provable};
+use super::plan::Plan;
 use super::rootfs::bytes_on_disk;
+use super::writers::Look;
 use crate::criu::annotation;
 use crate::criu::binary::Criu;
 use crate::kernel::ptrace::living_thread;
@@ -17,7 +17,7 @@ use crate::runtime::runc::{Container, Status};
 use crate::runtime::{Freezer, Task, name_of, visitors};
 use crate::source::tracker;
 use crate::wire::message::{
-    Arch, CgroupVersion, CpuFlag, CriuVersion, Requirements, RootfsMode, StdStream,
+    Arch, CgroupVersion, CpuFlag, CriuVersion, MOST_SPACES, Requirements, RootfsMode, StdStream,
 };
 use crate::wire::path::AbsolutePath;
 use serde_json::Value;
@@ -139,6 +139,7 @@ pub fn survey(container: &Container, criu: &Criu, plan: &Plan) -> io::Result<Sur
         speaks_tcp = has_tcp(container.init_pid, &[TCP_ESTABLISHED, TCP_LISTEN]);
         looks.over("network", &mut refusals, "loopback only".into());
         check_visitors(container, &tasks, &mut refusals);
+        refusals.extend(too_many(tasks.iter().filter(|task| !task.zombie).count()));
         check_open_files(container, &tasks, &mut refusals)?;
         check_limits(container, &tasks, &mut refusals)?;
         let unmovable = Look::at(&container.id).unmovable(&tasks);
@@ -359,6 +360,13 @@ fn check_visitors(container: &Container, tasks: &[Task], refusals: &mut Vec<Stri
 /// How long a health probe is waited for.
 const PROBE_PATIENCE: Duration = Duration::from_secs(3);
 
+/// Refused here, and not when the target's store is full of them.
+fn too_many(processes: usize) -> Option<String> {
+    (processes > MOST_SPACES).then(|| {
+        format!("the container has {processes} processes, and at most {MOST_SPACES} can move: end some first")
+    })
+}
+
 /// A file outside the container's mounts cannot be found again at the target.
 fn check_open_files(
     container: &Container,
@@ -544,6 +552,16 @@ fn shared_rootfs(rootfs: &Path, refusals: &mut Vec<String>) -> Option<AbsolutePa
 mod tests {
     use super::*;
     use std::cell::Cell;
+
+    #[test]
+    fn more_processes_than_a_target_takes_are_refused() {
+        assert_eq!(too_many(MOST_SPACES), None);
+        let refusal = too_many(MOST_SPACES + 1).expect("refused");
+        assert!(
+            refusal.contains("4097") && refusal.contains("4096"),
+            "{refusal}"
+        );
+    }
 
     #[test]
     fn what_ends_in_time_does_not_stay_so() {

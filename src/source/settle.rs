@@ -537,11 +537,8 @@ impl Recovery<'_> {
                         &self.instance,
                     );
                     self.tidy("let the container go on", went_on);
-                    let goes_on = going_on::make_sure(
-                        &self.freezer(),
-                        &self.instance,
-                        self.dump().as_ref(),
-                    );
+                    let goes_on =
+                        going_on::make_sure(&self.freezer(), &self.instance, self.dump().as_ref());
                     self.stands_still = goes_on.err().map(|error| error.to_string());
                 }
                 None

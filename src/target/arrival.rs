@@ -37,7 +37,9 @@ use crate::runtime::instance::inode_of;
 use crate::runtime::lock::ContainerLock;
 use crate::runtime::runc::Runc;
 use crate::transport::{BlockingStream, Connection, ControlSender, TransportError, TwoWay};
-use crate::wire::message::{self, Begin, Fate, Manifest, Message, Requirements, RootfsMode};
+use crate::wire::message::{
+    self, Begin, Fate, MOST_SPACES, Manifest, Message, Requirements, RootfsMode,
+};
 use crate::wire::peer_error::PeerError;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
@@ -792,9 +794,6 @@ impl<'a> Arrival<'a> {
         self.reason.get_or_insert((code, reason));
     }
 }
-
-/// The most address spaces of one container: each takes a descriptor here and in the pager.
-const MOST_SPACES: usize = 4096;
 
 /// Bytes of pages above what the source announced: processes start and grow meanwhile.
 const PAGE_RESERVE: u64 = 256 << 20;

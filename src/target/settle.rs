@@ -244,7 +244,12 @@ pub fn adopt(state_dir: &Path, migration: MigrationId) -> Result<Adoption, Settl
         Err(LockError::Held { .. }) => return Ok(Adoption::Later),
         taken => taken?,
     };
-    let holder = Holder::new(migration, Side::Target, recovered.opened.peer_name.clone(), state_dir);
+    let holder = Holder::new(
+        migration,
+        Side::Target,
+        recovered.opened.peer_name.clone(),
+        state_dir,
+    );
     if let Err(error) = lock.claim(holder) {
         tracing::warn!(%error, "the container's lock does not say who has it");
     }

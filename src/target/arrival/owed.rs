@@ -1,6 +1,6 @@
 //! Post-copy: the copy is released with pages missing, and stays an arrival until it is whole.
 
-use super::{Arrival, Host, MOST_SPACES, Resumption, Signal, Times, micros};
+use super::{Arrival, Host, Resumption, Signal, Times, micros};
 use crate::memory::{PAGE_SIZE, PageSet};
 use crate::migration::JournalId;
 use crate::migration::handoff::target::TargetRecord;
@@ -12,7 +12,7 @@ use crate::target::owing::{Debt, Owing, OwingEvent};
 use crate::target::page_store::{PageStore, PageStoreLimits};
 use crate::target::pager::{Adopted, OwedMemory};
 use crate::target::settle::Orphan;
-use crate::wire::message::{self, Fate, Manifest, SpaceOwner};
+use crate::wire::message::{self, Fate, MOST_SPACES, Manifest, SpaceOwner};
 use crate::wire::peer_error::PeerError;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver as Signals, Sender};
@@ -231,11 +231,7 @@ impl<'a> Arrival<'a> {
             signals,
             signal,
             work: opened.work_dir.clone(),
-            home: Home::new(
-                &host.state_dir,
-                opened.container.as_str(),
-                opened.migration,
-            ),
+            home: Home::new(&host.state_dir, opened.container.as_str(), opened.migration),
             made,
             lock: Some(lock),
             all_cgroups: Vec::new(),

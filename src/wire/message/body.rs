@@ -19,6 +19,9 @@ pub const MAX_PAGE_STREAMS: usize = 64;
 /// The most address spaces in a manifest.
 pub const MAX_SPACES: usize = 65_536;
 
+/// The most address spaces of one container that a target takes: each costs it a descriptor, and its pager another.
+pub const MOST_SPACES: usize = 4096;
+
 /// The most image files in a manifest.
 pub const MAX_IMAGE_FILES: usize = 65_536;
 
