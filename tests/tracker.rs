@@ -17,8 +17,8 @@ use migrate::kernel::inject::{self, InjectError};
 use migrate::kernel::maps::VmaKind;
 use migrate::kernel::ptrace::{StopError, living_threads};
 use migrate::kernel::userfaultfd::WriteTracker;
-use migrate::runtime::threads_of_cgroup;
 use migrate::memory::{PageNumber, PageRange, PageSet, VirtAddr};
+use migrate::runtime::threads_of_cgroup;
 use migrate::source::tracker::{Motion, TrackerKind, Untracked, is_tracked};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -430,7 +430,9 @@ fn a_process_whose_threads_exec_all_the_time_neither_hangs_nor_holds_up_the_engi
         let process = Commanded::start_program(&freezer, Name::Thief, ["exec".as_ref()]);
         let round = || {
             let line = std::fs::read(format!("/proc/{}/cmdline", process.pid())).unwrap();
-            let last = line.split(|byte| *byte == 0).filter(|word| !word.is_empty());
+            let last = line
+                .split(|byte| *byte == 0)
+                .filter(|word| !word.is_empty());
             let last = String::from_utf8(last.last().unwrap_or_default().to_vec()).unwrap();
             last.parse::<u64>().unwrap_or(0)
         };
@@ -439,10 +441,7 @@ fn a_process_whose_threads_exec_all_the_time_neither_hangs_nor_holds_up_the_engi
         let mut attached = 0;
         for _ in 0..200 {
             let scans = tracker.scan(&freezer.tasks(), Motion::Running).unwrap();
-            attached += scans
-                .iter()
-                .filter(|scan| scan.untracked.is_none())
-                .count();
+            attached += scans.iter().filter(|scan| scan.untracked.is_none()).count();
         }
         println!("{attached} of 200 scans found it attached to");
         let (before, until) = (round(), Instant::now() + patience());
@@ -472,8 +471,7 @@ fn measured_standstill_of_an_attach() {
                 .collect();
             let container = freezer.of_the_engine();
             let everyone = move || threads_of_cgroup(container.path());
-            let injected =
-                inject::userfaultfds(memories, Box::new(everyone), patience()).unwrap();
+            let injected = inject::userfaultfds(memories, Box::new(everyone), patience()).unwrap();
             let made = injected.each.iter().filter(|made| made.is_ok()).count();
             stopped.push((injected.stopped, made));
         }

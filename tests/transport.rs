@@ -205,7 +205,8 @@ async fn trust_given_and_taken_counts_from_the_next_handshake() {
 
 /// None of the strangers is given up while the test lasts, and none is there to prove its address.
 #[tokio::test]
-async fn a_trusted_host_gets_in_while_hundreds_of_strangers_knock_and_few_of_them_are_listened_to() {
+async fn a_trusted_host_gets_in_while_hundreds_of_strangers_knock_and_few_of_them_are_listened_to()
+{
     let (source, target) = two_hosts();
     let flights = first_flights(400).await;
     let listener = Arc::new(target.listener(patient()));

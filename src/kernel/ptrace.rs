@@ -44,6 +44,7 @@ pub struct StoppedProcess<'t> {
 #[derive(Debug)]
 pub struct Standstill<'t> {
     threads: Vec<StoppedThread<'t>>,
+    over: Cell<bool>,
 }
 
 /// Why a thread is not stopped.
@@ -123,7 +124,8 @@ pub fn trace_within<T: Send + 'static>(
             // Whoever asked may have gone.
             let _ = done.send(made);
         });
-    let tracer = spawned.map_err(|error| refused("making a thread to trace", 0, errno_of(&error)))?;
+    let tracer =
+        spawned.map_err(|error| refused("making a thread to trace", 0, errno_of(&error)))?;
     let asked = Instant::now();
     loop {
         match result.recv_timeout(Duration::from_millis(5)) {
@@ -245,6 +247,7 @@ impl Tracer {
     ) -> Result<Standstill<'_>, StopError> {
         let mut standstill = Standstill {
             threads: Vec::new(),
+            over: Cell::new(false),
         };
         let mut seen = HashSet::new();
         for _pass in 0..HOLD_PASSES {
@@ -390,8 +393,14 @@ impl<'t> Standstill<'t> {
         self.threads.iter().find(|thread| thread.tid == tid)
     }
 
+    /// Whether it has been ended.
+    pub fn is_over(&self) -> bool {
+        self.over.get()
+    }
+
     /// Lets all but one run on.
     pub fn end_for_all_but(&self, tid: i32) {
+        self.over.set(true);
         let others = self.threads.iter().filter(|thread| thread.tid != tid);
         others.for_each(StoppedThread::run_on);
     }
@@ -575,11 +584,7 @@ enum Stop {
     Signal(libc::c_int),
 }
 
-fn wait_patiently(
-    tid: i32,
-    patience: Duration,
-    late: &mut dyn FnMut(),
-) -> Result<Stop, StopError> {
+fn wait_patiently(tid: i32, patience: Duration, late: &mut dyn FnMut()) -> Result<Stop, StopError> {
     let (mut waited, mut looked) = (Duration::ZERO, Instant::now());
     loop {
         if let Some(stop) = wait(tid, libc::WNOHANG)? {
