@@ -167,9 +167,9 @@ fn tracking(trackers: &Trackers, findings: &mut Vec<Finding>) {
         });
     }
     findings.push(from_result(
-        "userfaultfd device",
-        &trackers.kernel.userfaultfd_device,
-        "/dev/userfaultfd opens",
+        "userfaultfd",
+        &trackers.kernel.userfaultfd,
+        "userfaultfd(2) works",
         Verdict::Warning,
     ));
     findings.push(from_result(

@@ -190,13 +190,8 @@ fn make_all(
 ) -> Result<Injected, StopError> {
     let began = Instant::now();
     let standstill = tracer.hold(&mut everyone, TraceOptions::INJECT, patience)?;
-    let mut late = false;
-    let each = memories.iter().map(|pids| {
-        let made = make(&standstill, pids, patience, late);
-        late |= matches!(made, Err(InjectError::Late { .. }));
-        made
-    });
-    let each = each.collect();
+    let each = memories.iter();
+    let each = each.map(|pids| make(&standstill, pids, patience)).collect();
     let threads = standstill.threads();
     drop(standstill);
     Ok(Injected {
@@ -206,12 +201,11 @@ fn make_all(
     })
 }
 
-/// Makes one userfaultfd, unless the standstill has been ended because a call was `late`.
+/// Makes one userfaultfd, unless the standstill has been ended because a call was late.
 fn make(
     standstill: &Standstill<'_>,
     pids: &[i32],
     patience: Duration,
-    late: bool,
 ) -> Result<OwnedFd, InjectError> {
     let mut reason = StopError::Exited { tid: pids[0] };
     // A vfork parent cannot be stopped while it waits, but the child it waits for has the same memory.
@@ -221,7 +215,7 @@ fn make(
             Err(StopError::Exited { .. }) => continue,
             Err(error) => return Err(error.into()),
         };
-        if late {
+        if standstill.is_over() {
             return Err(InjectError::Late { pid });
         }
         // The leader is the first; the descriptors of a process whose leader has exited can only be reached through another.
@@ -249,26 +243,21 @@ fn make_in(
         Pidfd::open_thread(thread.tid())?
     };
     let mut hands = Hijacked::take(standstill, thread, pid)?;
-    let flags = NEW_FLAGS | UFFD_USER_MODE_ONLY;
     let there = hands.call(
         "userfaultfd",
         libc::SYS_userfaultfd,
-        [flags as u64, 0, 0, 0, 0, 0],
+        [NEW_FLAGS as u64, 0, 0, 0, 0, 0],
     )?;
     let taken = pidfd.getfd(there as RawFd);
     hands.call("close", libc::SYS_close, [there, 0, 0, 0, 0, 0])?;
-    let late = hands.late;
     hands.release()?;
     let taken = taken?;
-    if late {
+    if standstill.is_over() {
         return Err(InjectError::Late { pid });
     }
     is_userfaultfd(&taken, pid)?;
     Ok(taken)
 }
-
-/// `UFFD_USER_MODE_ONLY` of linux/userfaultfd.h: never handles the kernel's own faults, and is given to everybody.
-const UFFD_USER_MODE_ONLY: libc::c_int = 1;
 
 /// No call is made on a descriptor that may be of anything: on some files it would wait for whoever serves them.
 fn is_userfaultfd(fd: &OwnedFd, pid: i32) -> Result<(), InjectError> {
@@ -296,8 +285,6 @@ struct Hijacked<'s, 't> {
     instruction: u64,
     /// Everything is back in place.
     in_place: bool,
-    /// A call did not come back in time, and the others run.
-    late: bool,
 }
 
 impl<'s, 't> Hijacked<'s, 't> {
@@ -337,7 +324,6 @@ impl<'s, 't> Hijacked<'s, 't> {
             critical_section,
             instruction,
             in_place: false,
-            late: false,
         })
     }
 
@@ -353,21 +339,16 @@ impl<'s, 't> Hijacked<'s, 't> {
             .calling(self.instruction, number, args)
             .write(tid)
             .map_err(|errno| self.exchange_error("writing the registers of", errno))?;
-        let mut late = self.late;
         for _entry_then_exit in 0..2 {
-            let mut is_late = || {
-                // What it waits for may be one of them.
-                self.standstill.end_for_all_but(tid);
-                late = true;
-            };
+            // What it waits for may be one of the others.
+            let mut late = || self.standstill.end_for_all_but(tid);
             self.thread
-                .run_to_syscall(CALL_PATIENCE, &mut is_late)
+                .run_to_syscall(CALL_PATIENCE, &mut late)
                 .map_err(|halted| match halted {
                     HaltedBy::Fault(signal) => InjectError::Fault { pid, signal },
                     HaltedBy::Stop(error) => InjectError::Stop(error),
                 })?;
         }
-        self.late = late;
         Registers::read(tid)
             .map_err(|errno| self.exchange_error("reading the registers of", errno))?
             .result()

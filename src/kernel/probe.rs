@@ -5,12 +5,12 @@
 
 use super::pagemap::{PageIs, Pagemap, Query, ScanError, clear_soft_dirty};
 use super::scratch::Scratch;
-use super::userfaultfd::{TrackError, WriteTracker, new_for_self, open_device};
+use super::userfaultfd::{TrackError, WriteTracker, new_for_self};
 use crate::memory::PageRange;
 use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
-use std::io::{self, IoSliceMut};
+use std::io::IoSliceMut;
 
 /// What works here.
 #[derive(Debug)]
@@ -19,8 +19,8 @@ pub struct KernelFeatures {
     pub soft_dirty: Result<(), Missing>,
     /// `PAGEMAP_SCAN`.
     pub pagemap_scan: Result<(), Missing>,
-    /// `/dev/userfaultfd` can be opened and makes userfaultfds.
-    pub userfaultfd_device: Result<(), Missing>,
+    /// userfaultfd(2) makes userfaultfds.
+    pub userfaultfd: Result<(), Missing>,
     /// Writes are tracked through a userfaultfd with `WP_ASYNC`.
     pub write_tracking: Result<WriteTracking, Missing>,
     /// `process_vm_readv`.
@@ -54,9 +54,6 @@ pub enum Missing {
         "writes do not set the soft-dirty bit: the kernel is built without CONFIG_MEM_SOFT_DIRTY"
     )]
     SoftDirty,
-    /// The device cannot be opened.
-    #[error("/dev/userfaultfd cannot be opened: {0}")]
-    Device(io::Error),
     /// Pages could not be scanned.
     #[error(transparent)]
     Scan(#[from] ScanError),
@@ -93,7 +90,7 @@ impl KernelFeatures {
         KernelFeatures {
             soft_dirty: soft_dirty(),
             pagemap_scan: pagemap_scan(),
-            userfaultfd_device: userfaultfd_device(),
+            userfaultfd: userfaultfd().map(drop),
             write_tracking: write_tracking(),
             read_memory: read_memory(),
             inject: inject(),
@@ -178,14 +175,9 @@ fn protected(range: PageRange) -> Result<bool, ScanError> {
     Ok(protected)
 }
 
-fn userfaultfd_device() -> Result<(), Missing> {
-    userfaultfd().map(drop)
-}
-
 pub(super) fn userfaultfd() -> Result<std::os::fd::OwnedFd, Missing> {
-    let device = open_device().map_err(Missing::Device)?;
-    new_for_self(&device).map_err(|errno| Missing::Call {
-        call: "ioctl(USERFAULTFD_IOC_NEW)",
+    new_for_self().map_err(|errno| Missing::Call {
+        call: "userfaultfd",
         errno,
     })
 }
@@ -284,7 +276,7 @@ mod tests {
         features.inject.expect("tests run as root, without seccomp");
         if features.write_tracking.is_ok() {
             features.pagemap_scan.unwrap();
-            features.userfaultfd_device.unwrap();
+            features.userfaultfd.unwrap();
         }
     }
 }

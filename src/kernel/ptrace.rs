@@ -44,6 +44,7 @@ pub struct StoppedProcess<'t> {
 #[derive(Debug)]
 pub struct Standstill<'t> {
     threads: Vec<StoppedThread<'t>>,
+    over: Cell<bool>,
 }
 
 /// Why a thread is not stopped.
@@ -246,6 +247,7 @@ impl Tracer {
     ) -> Result<Standstill<'_>, StopError> {
         let mut standstill = Standstill {
             threads: Vec::new(),
+            over: Cell::new(false),
         };
         let mut seen = HashSet::new();
         for _pass in 0..HOLD_PASSES {
@@ -391,8 +393,14 @@ impl<'t> Standstill<'t> {
         self.threads.iter().find(|thread| thread.tid == tid)
     }
 
+    /// Whether it has been ended.
+    pub fn is_over(&self) -> bool {
+        self.over.get()
+    }
+
     /// Lets all but one run on.
     pub fn end_for_all_but(&self, tid: i32) {
+        self.over.set(true);
         let others = self.threads.iter().filter(|thread| thread.tid != tid);
         others.for_each(StoppedThread::run_on);
     }

@@ -9,8 +9,6 @@
 
 use crate::memory::PageRange;
 use nix::errno::Errno;
-use std::fs::{File, OpenOptions};
-use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use userfaultfd::{RegisterMode, Uffd};
 
@@ -102,27 +100,19 @@ impl WriteTracker {
     }
 }
 
-/// Opens `/dev/userfaultfd`: whoever holds it may make userfaultfds without privileges of their own.
-pub fn open_device() -> Result<File, io::Error> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/userfaultfd")
-}
-
 /// Makes a userfaultfd for this process's own memory, for probing.
-pub fn new_for_self(device: &File) -> Result<OwnedFd, Errno> {
-    // SAFETY: USERFAULTFD_IOC_NEW takes flags by value and touches no memory of ours.
-    let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, NEW_FLAGS) };
+pub fn new_for_self() -> Result<OwnedFd, Errno> {
+    // SAFETY: userfaultfd(2) takes flags by value and touches no memory of ours.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, NEW_FLAGS) };
     let fd = Errno::result(fd)?;
     // SAFETY: the call returned a new descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
-/// `_IO(0xAA, 0x00)` on `/dev/userfaultfd`: a new userfaultfd for the caller's memory.
-const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xaa00;
-/// The flags every userfaultfd is made with.
-pub(super) const NEW_FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK;
+/// The flags every userfaultfd is made with. One that leaves the kernel's own faults alone (`UFFD_USER_MODE_ONLY`) is given to
+/// everybody, and with `WP_ASYNC` none handles any.
+pub(super) const NEW_FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
+const USER_MODE_ONLY: libc::c_int = 1;
 
 /// `_IOWR(0xAA, 0x3F, struct uffdio_api)`.
 const UFFDIO_API: libc::Ioctl = 0xc018_aa3f;
@@ -177,8 +167,7 @@ mod tests {
     };
 
     fn tracker() -> WriteTracker {
-        let device = open_device().expect("this test needs /dev/userfaultfd");
-        WriteTracker::new(new_for_self(&device).unwrap()).expect("this test needs WP_ASYNC")
+        WriteTracker::new(new_for_self().unwrap()).expect("this test needs WP_ASYNC")
     }
 
     /// Anonymous, populated pages of this process.

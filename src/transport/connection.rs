@@ -494,7 +494,7 @@ impl TwoWay {
 mod tests {
     use super::*;
     use crate::transport::{Connector, Identity, Listener, Settings, TrustStore};
-    use crate::wire::message::Commit;
+    use crate::wire::message::{Commit, Message};
 
     /// Two ends of a connection over loopback, and what they live in.
     async fn pair() -> (Connection, Control, Connection, Control) {

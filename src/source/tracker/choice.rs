@@ -129,7 +129,7 @@ mod tests {
         let kernel = KernelFeatures {
             soft_dirty: soft_dirty.then_some(()).ok_or(Missing::SoftDirty),
             pagemap_scan: Ok(()),
-            userfaultfd_device: Ok(()),
+            userfaultfd: Ok(()),
             write_tracking: uffd_wp.then_some(behaviour).ok_or(Missing::Filtered),
             read_memory: Ok(()),
             inject: Ok(()),
