@@ -76,7 +76,9 @@ impl<S: FrameSink> Handover<'_, S> {
             tracing::error!(%error, "the container goes on, but not as it was");
             self.ended.untidy.get_or_insert(error.to_string());
         }
-        if self.timeline.at(Mark::FreezeBegan).is_some() {
+        // A container whose copy ran stood still until then.
+        let stands = self.timeline.at(Mark::Committed).is_none();
+        if stands && self.timeline.at(Mark::FreezeBegan).is_some() {
             self.mark(Mark::Resumed);
         }
     }
