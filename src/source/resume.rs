@@ -55,7 +55,10 @@ pub struct Owed<'a> {
 #[derive(Clone, Debug)]
 pub enum Told {
     /// The target is there and not complete.
-    Connected,
+    Connected {
+        /// It lacks pages.
+        owed: bool,
+    },
     /// So far.
     Progress(Served),
     /// Every owed page has arrived.
@@ -136,7 +139,7 @@ impl Owed<'_> {
         } else {
             (None, None)
         };
-        tell(Told::Connected);
+        tell(Told::Connected { owed });
         let mut told = Instant::now();
         let mut whole_by: Option<Instant> = None;
         loop {

@@ -603,7 +603,8 @@ impl Recovery<'_> {
         };
         let mut served = false;
         let (event, reason) = owed.serve(&mut |told| match told {
-            Told::Connected => {
+            Told::Connected { owed } => {
+                served |= !owed;
                 tracing::info!(migration = %opened.migration, "the target is there, its copy is not complete")
             }
             Told::Progress(progress) => {

@@ -476,10 +476,7 @@ impl<'a> Arrival<'a> {
                 tracing::debug!(?event, "pager");
                 None
             }
-            Err(error) => {
-                self.lose_pager(&error);
-                Some(TargetEvent::PagerLost)
-            }
+            Err(error) => self.lose_pager(&error).then_some(TargetEvent::PagerLost),
         }
     }
 
@@ -491,7 +488,8 @@ impl<'a> Arrival<'a> {
                 Life::Filling => return None,
                 Life::Done => self.have_filled(),
                 Life::Dead => {
-                    self.lose_pager(&PagerHandleError::Gone);
+                    self.because(PeerError::FillFailed, PagerHandleError::Gone.to_string());
+                    self.pager_lost = true;
                     return Some(TargetEvent::PagerLost);
                 }
             }

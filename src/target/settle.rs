@@ -129,9 +129,13 @@ pub fn settle(
     let Recovered::Target(recovered) = fold(migration, &records)? else {
         return Ok(None);
     };
+    // The directory goes when the outcome is on record; an engine that knew no `complete` had none after `released`.
     let settled = matches!(
         recovered.last,
-        TargetRecord::Complete | TargetRecord::Lost | TargetRecord::Aborted
+        TargetRecord::Complete
+            | TargetRecord::Lost
+            | TargetRecord::Aborted
+            | TargetRecord::Released
     );
     if settled && !recovered.opened.work_dir.exists() {
         let opened = &recovered.opened;
@@ -369,6 +373,9 @@ impl Recovery<'_> {
                 self.end_restore();
                 let discarded = if self.same_boot() {
                     self.copy().discard()
+                } else if self.runc.knows(self.recovered.opened.container.as_str()) {
+                    // Started since this host was: it is nobody's copy, and its files may be where the copy's were.
+                    self.copy().remove_work()
                 } else {
                     self.copy().discard_files()
                 };

@@ -83,7 +83,10 @@ impl<S: FrameSink> Handover<'_, S> {
         } else {
             self.ended.gone = going_on::has_ended(freezer);
         }
-        self.mark(Mark::Resumed);
+        // A container whose copy ran stood still until then.
+        if self.timeline.at(Mark::Committed).is_none() {
+            self.mark(Mark::Resumed);
+        }
     }
 
     /// Whether it is frozen by us: what its user paused stays paused.

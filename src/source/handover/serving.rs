@@ -145,8 +145,12 @@ impl<S: FrameSink> Handover<'_, S> {
         let since = *lost;
         let (mut whole, mut filled) = (None, None);
         let (event, reason) = owed.serve(&mut |told| match told {
-            Told::Connected => {
+            Told::Connected { owed } => {
                 let duration = since.map_or(Duration::ZERO, |since| since.elapsed());
+                // Only a word is waited for, and the line for it is there.
+                if !owed {
+                    *lost = None;
+                }
                 emit(Event::LinkBack { duration });
             }
             Told::Progress(served) => {

@@ -6,14 +6,16 @@ use crate::criu::environment::Environment;
 use crate::criu::hook::HookServer;
 use crate::criu::options::Options;
 use crate::fault;
-use crate::migration::handoff::TargetEvent;
+use crate::migration::handoff::{TargetEvent, TargetState};
 use crate::migration::journal::{Leftover, ProcessName, Record};
 use crate::runtime::home::Home;
 use crate::runtime::instance::inode_of;
 use crate::runtime::runc::MARK;
 use crate::runtime::{Task, cgroup};
 use crate::target::compose::{Delivery, compose};
-use crate::target::pager::{FillSummary, PagerEvent, PagerHandle, PagerHandleError, TaskMemory};
+use crate::target::pager::{
+    FillSummary, Life, PagerEvent, PagerHandle, PagerHandleError, TaskMemory,
+};
 use crate::target::receive::Receiver;
 use crate::target::remains::Found;
 use crate::target::restore::{INVENTORY, Restore, RestoreError};
@@ -314,16 +316,29 @@ impl Arrival<'_> {
                     self.filled = true;
                 }
                 Ok(Some(event)) => tracing::debug!(?event, "pager"),
-                Err(error) => self.lose_pager(&error),
+                Err(error) => {
+                    self.lose_pager(&error);
+                }
             }
         }
         self.pager_lost
     }
 
-    pub(super) fn lose_pager(&mut self, error: &PagerHandleError) {
-        self.because(PeerError::FillFailed, error.to_string());
+    /// The socket to the pager has ended. Whether the missing pages are lost with it.
+    pub(super) fn lose_pager(&mut self, error: &PagerHandleError) -> bool {
         self.pager = None;
-        self.pager_lost = true;
+        let released = self.course.state() == TargetState::Released;
+        let owed = self.owing.as_ref().is_some_and(|owing| !owing.is_whole());
+        match Life::of(&self.work) {
+            Life::Done => self.have_filled(),
+            // It needs nothing of us: its files will say when it is done, or dead after all.
+            Life::Filling if released && !owed => self.watched = true,
+            Life::Filling | Life::Dead => {
+                self.because(PeerError::FillFailed, error.to_string());
+                self.pager_lost = true;
+            }
+        }
+        self.pager_lost
     }
 
     /// The pager is done, and pages got to no place: they are lost as if it had died.
