@@ -10,6 +10,7 @@
  *   --waiters=N       threads that wait for signals (16)
  *   --ring            hold an io_uring
  *   --late-ring       make an io_uring when SIGUSR2 comes
+ *   --late-aio        do the same as --aio, when SIGUSR2 comes
  *   --aio             hold a libaio context, and the file open for direct I/O
  *   --idle-aio        hold a libaio context, and no file open for direct I/O: needs --readers=0
  *
@@ -28,7 +29,7 @@
 
 static struct {
 	uint64_t file_mib, memory_mib, readers, waiters;
-	bool ring, late_ring, aio, idle_aio;
+	bool ring, late_ring, aio, late_aio, idle_aio;
 } wanted = {.file_mib = 32, .memory_mib = 64, .readers = 16, .waiters = 16};
 
 static unsigned char *pool;
@@ -37,7 +38,7 @@ static uint64_t blocks, buffers;
 static _Atomic uint64_t reads, waits, wrong_waits;
 static atomic_bool rest;
 static _Atomic uint64_t resting;
-static volatile sig_atomic_t ring_asked;
+static volatile sig_atomic_t late_asked;
 
 static uint64_t word(uint64_t block, uint64_t index)
 {
@@ -56,6 +57,13 @@ static void make_aio(void)
 	aio_context_t context = 0;
 	if (syscall(SYS_io_setup, 8, &context) < 0)
 		fail("io_setup: %s", strerror(errno));
+}
+
+static void make_direct_aio(void)
+{
+	make_aio();
+	if (open(FILE_NAME, O_RDONLY | O_DIRECT) < 0)
+		fail("opening " FILE_NAME " for direct I/O: %s", strerror(errno));
 }
 
 static void write_file(void)
@@ -127,10 +135,10 @@ static void *wait_for_signals(void *argument)
 	}
 }
 
-static void ask_for_ring(int signal)
+static void ask_for_late(int signal)
 {
 	(void)signal;
-	ring_asked = 1;
+	late_asked = 1;
 }
 
 static uint64_t verify_all(void)
@@ -168,7 +176,7 @@ static void parse(int argc, char **argv)
 		{"file-mib", required_argument, NULL, 'f'}, {"memory-mib", required_argument, NULL, 'm'},
 		{"readers", required_argument, NULL, 'r'}, {"waiters", required_argument, NULL, 'w'},
 		{"ring", no_argument, NULL, 'u'}, {"late-ring", no_argument, NULL, 'l'},
-		{"aio", no_argument, NULL, 'a'}, {"idle-aio", no_argument, NULL, 'i'}, {0},
+		{"aio", no_argument, NULL, 'a'}, {"late-aio", no_argument, NULL, 'b'}, {"idle-aio", no_argument, NULL, 'i'}, {0},
 	};
 	for (int option; (option = getopt_long(argc, argv, "", options, NULL)) != -1;) {
 		switch (option) {
@@ -179,6 +187,7 @@ static void parse(int argc, char **argv)
 		case 'u': wanted.ring = true; break;
 		case 'l': wanted.late_ring = true; break;
 		case 'a': wanted.aio = true; break;
+		case 'b': wanted.late_aio = true; break;
 		case 'i': wanted.idle_aio = true; break;
 		default: fail("an option is not known");
 		}
@@ -209,10 +218,10 @@ int main(int argc, char **argv)
 		holds[buffer] = NEVER_READ;
 	if (wanted.ring)
 		make_ring();
-	if (wanted.aio || wanted.idle_aio)
+	if (wanted.idle_aio)
 		make_aio();
-	if (wanted.aio && open(FILE_NAME, O_RDONLY | O_DIRECT) < 0)
-		fail("opening " FILE_NAME " for direct I/O: %s", strerror(errno));
+	if (wanted.aio)
+		make_direct_aio();
 
 	/* For the waiters: blocked before there is a thread. */
 	sigset_t blocked;
@@ -231,8 +240,8 @@ int main(int argc, char **argv)
 	sigaddset(&blocked, SIGUSR1);
 	sigaddset(&blocked, SIGUSR2);
 	pthread_sigmask(SIG_UNBLOCK, &blocked, NULL);
-	struct sigaction on_ring = {.sa_handler = ask_for_ring};
-	sigaction(SIGUSR2, &on_ring, NULL);
+	struct sigaction on_late = {.sa_handler = ask_for_late};
+	sigaction(SIGUSR2, &on_late, NULL);
 	take_requests();
 	/* Every buffer has been read into once. */
 	while (reads < (wanted.readers > 0 ? buffers : 0))
@@ -240,10 +249,13 @@ int main(int argc, char **argv)
 	log_line("{\"ready\":true,\"memory_mib\":%lu}", wanted.memory_mib);
 
 	for (sig_atomic_t verdicts_given = 0;;) {
-		if (wanted.late_ring && ring_asked) {
-			ring_asked = 0;
-			make_ring();
-			log_line("{\"ring\":true}");
+		if (late_asked) {
+			late_asked = 0;
+			if (wanted.late_ring)
+				make_ring();
+			if (wanted.late_aio)
+				make_direct_aio();
+			log_line("{\"late\":true}");
 		}
 		if (verdicts_given < verdicts_asked) {
 			verdicts_given++;

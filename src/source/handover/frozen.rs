@@ -280,7 +280,8 @@ impl<S: FrameSink> Handover<'_, S> {
     /// Requests that go on while their process is frozen may end at any time: then neither memory nor an answer is whole.
     fn nothing_is_under_way(&self, tasks: &[Task]) -> Result<(), String> {
         let mut look = Look::at(&self.container.id);
-        let rings = |scan: &&SpaceScan| scan.vmas.iter().any(|vma| vma.kind == VmaKind::AioRing);
+        let is_ring = |vma: &Vma| matches!(vma.kind, VmaKind::AioRing | VmaKind::IoUring);
+        let rings = |scan: &&SpaceScan| scan.vmas.iter().any(is_ring);
         for scan in self.scans.iter().filter(rings) {
             let sharing = writers::sharing(scan, tasks);
             look.look(&sharing, &scan.vmas)
