@@ -819,8 +819,7 @@ fn memory_that_another_userfaultfd_tracks_is_neither_armed_nor_consumed() {
 
     // The other way round: new memory that another registers meanwhile ends the first one's rounds.
     drop(second);
-    let made = inject::userfaultfd(dirtier.pid(), &open_device().unwrap(), patience()).unwrap();
-    let other = WriteTracker::new(made.fd).unwrap();
+    let other = WriteTracker::new(attach(dirtier.pid(), patience()).unwrap()).unwrap();
     let new = dirtier.address("fill 4 0");
     other.register(block_pages(new, 0, 1024)).unwrap();
     for motion in [Motion::Running, Motion::Frozen] {

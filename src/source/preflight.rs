@@ -567,6 +567,7 @@ fn shared_rootfs(rootfs: &Path, refusals: &mut Vec<String>) -> Option<AbsolutePa
     }
     path
 }
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -591,11 +592,6 @@ mod tests {
         assert!(stays_so(Duration::ZERO, || true));
         assert!(!stays_so(Duration::ZERO, || false));
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
 
     #[test]
     fn sockets_are_counted_by_protocol() {

@@ -272,6 +272,12 @@ mod tests {
             freezer: Freezer::V1(cgroup.to_path_buf()),
             cgroups: BTreeMap::from([(String::new(), cgroup.to_path_buf())]),
             stdio: Vec::new(),
+            annotated_criu_config: None,
+            instance: crate::runtime::Instance {
+                init: crate::migration::journal::ProcessName { pid, start_time: 0 },
+                created: String::new(),
+                cgroup: crate::migration::journal::Inode::default(),
+            },
             spec: serde_json::Value::Null,
         }
     }

@@ -40,7 +40,7 @@ const KEPT: [&str; 6] = [
     "file /var/lib/migrate/criu",
     "file /etc/criu/runc.conf",
     "file /run/criu.kdat",
-    "file /run/.boot_id",
+    "file /run/boot_id",
     "mount /proc/sys/kernel/random/boot_id",
 ];
 

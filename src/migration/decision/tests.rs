@@ -235,6 +235,7 @@ fn a_freeze_that_would_keep_neither_limit_is_none() {
             elapsed: Duration::from_secs(2),
             fixed_downtime: FIXED,
             round_trip: ROUND_TRIP,
+            in_doubt: 0,
         };
         let limits = Limits {
             timeout: Duration::from_millis(timeout_ms),
@@ -641,7 +642,7 @@ fn pages_in_doubt_are_compared_in_the_freeze_or_owed() {
     };
     let switch = |verdict: Verdict| match verdict.course {
         Course::Freeze { switch, .. } => Some(switch),
-        Course::Continue => None,
+        Course::Continue | Course::GiveUp => None,
     };
     let (none, all) = (verdict(0), verdict(1 << 20));
     assert_eq!(switch(none), Some(Switch::PreCopy));
