@@ -164,6 +164,46 @@ fn pages_that_are_written_all_the_time_wait_for_the_freeze() -> Result<()> {
     Ok(())
 }
 
+/// A system call that ends when CRIU takes hold of its thread writes its results then: after the scan at the freeze.
+#[test]
+fn what_system_calls_write_that_end_under_criu_arrives() -> Result<()> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let pair = Pair::new(&a, &b)?;
+    // Many threads, so that CRIU takes hold of the last of them after their pages were read. A libaio context that is not in use,
+    // as a web server has it, keeps nobody from moving.
+    let workload = Workload::kernel_writer(8)
+        .arg("--readers=0")
+        .arg("--waiters=200")
+        .arg("--idle-aio");
+    let container = Container::create(&a, "web", &workload, &ContainerOptions::default())?;
+    for (mode, from) in [("pre-copy", &a), ("hybrid", &b)] {
+        pair.move_with(from, &[&format!("--mode={mode}")], "web")?;
+        let to = pair.other(from);
+        pair.ensure_lives_only_on(to, &container)?;
+    }
+    Ok(())
+}
+
+/// A device writes into pages that were pinned when the read began, and sets no bit in any page table.
+#[test]
+fn what_devices_write_to_memory_during_the_rounds_arrives() -> Result<()> {
+    for mode in ["pre-copy", "hybrid"] {
+        let (a, b) = (Host::new("a")?, Host::new("b")?);
+        let pair = Pair::new(&a, &b)?;
+        let options = ContainerOptions {
+            reads_a_second: Some(400),
+            ..ContainerOptions::default()
+        };
+        let workload = Workload::kernel_writer(64);
+        let container = Container::create(&a, "web", &workload, &options)?;
+        let mode = format!("--mode={mode}");
+        let report = pair.move_with(&a, &[&mode, "--bandwidth-limit=100M"], "web")?;
+        ensure!(report["outcome"]["result"] == "moved", "{report:#}");
+        pair.ensure_lives_only_on(&b, &container)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn auto_stops_the_rounds_of_a_container_that_writes_faster_than_the_link() -> Result<()> {
     // A small part of what the container writes, also where it has to share its processor.

@@ -323,6 +323,69 @@ fn a_process_that_execs_is_a_new_space_and_all_dirty() {
     });
 }
 
+/// A system call that ends under CRIU's hands, or whoever else writes to frozen memory.
+#[test]
+fn what_is_written_to_a_frozen_program_is_told_by_the_next_scan() {
+    with_each(|kind| {
+        let freezer = Freezer::new("rescan");
+        let mut dirtier = Commanded::start(&freezer);
+        let block = dirtier.address("fill 4 0");
+        let mut tracker = opened(kind);
+        let mut scan = |motion| {
+            let mut scans = tracker.scan(&freezer.tasks(), motion).unwrap();
+            scans.remove(0)
+        };
+        scan(Motion::Running);
+        dirtier.obey("poke 100 3");
+        freezer.freeze();
+        let at_freeze = scan(Motion::Frozen);
+        let poked = [block_pages(block, 100, 3)].into_iter().collect();
+        assert_eq!(in_block(&at_freeze.dirty, block, 1024), poked);
+        assert_eq!(in_block(&at_freeze.unwatched, block, 1024).pages(), 0);
+        let memory = format!("/proc/{}/mem", dirtier.pid());
+        let memory = std::fs::File::options().write(true).open(memory).unwrap();
+        for page in [7, 101] {
+            let at = block + page * 4096;
+            std::os::unix::fs::FileExt::write_all_at(&memory, &[1; 16], at).unwrap();
+        }
+        let later = in_block(&scan(Motion::Frozen).dirty, block, 1024);
+        let written: PageSet = [block_pages(block, 7, 1), block_pages(block, 101, 1)]
+            .into_iter()
+            .collect();
+        match kind {
+            TrackerKind::UffdWp => assert_eq!(later, written),
+            // Its bits are cleared, and then read, by CRIU: nothing asks this tracker again.
+            TrackerKind::SoftDirty => {
+                assert!(written.iter().all(|run| later.contains(run.start())))
+            }
+        }
+        freezer.thaw();
+    });
+}
+
+/// What was mapped since the last scan is all reported at each scan of the frozen program, and said to be so.
+#[test]
+fn what_came_to_be_mapped_before_the_freeze_is_left_to_the_last_scan() {
+    with_each(|kind| {
+        if kind == TrackerKind::SoftDirty {
+            return;
+        }
+        let freezer = Freezer::new("unwatched");
+        let mut dirtier = Commanded::start(&freezer);
+        let mut tracker = opened(kind);
+        let tasks = || freezer.tasks();
+        tracker.scan(&tasks(), Motion::Running).unwrap();
+        let block = dirtier.address("fill 4 0");
+        freezer.freeze();
+        for _ in 0..2 {
+            let scan = tracker.scan(&tasks(), Motion::Frozen).unwrap().remove(0);
+            assert_eq!(in_block(&scan.dirty, block, 1024).pages(), 1024);
+            assert_eq!(in_block(&scan.unwatched, block, 1024).pages(), 1024);
+        }
+        freezer.thaw();
+    });
+}
+
 #[test]
 fn a_process_first_seen_frozen_is_taken_whole_without_attaching() {
     with_each(|kind| {

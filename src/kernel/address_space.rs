@@ -1,4 +1,4 @@
-//! Which processes share one memory: `kcmp(2)`.
+//! Which tasks share one memory, or one table of descriptors: `kcmp(2)`.
 #![allow(unsafe_code)]
 
 use nix::errno::Errno;
@@ -6,6 +6,8 @@ use std::cmp::Ordering;
 
 /// `linux/kcmp.h`: compare the memory of two tasks.
 const KCMP_VM: libc::c_int = 1;
+/// The same for their tables of descriptors.
+const KCMP_FILES: libc::c_int = 2;
 
 /// Why two processes could not be compared.
 #[derive(Debug, thiserror::Error, Clone, Copy, PartialEq, Eq)]
@@ -46,9 +48,29 @@ pub fn compare(a: i32, b: i32) -> Result<Ordering, CompareError> {
     }
 }
 
+/// Whether two tasks are known to have one table of descriptors.
+pub fn shares_files(a: i32, b: i32) -> bool {
+    // SAFETY: kcmp takes five integers and touches no memory of ours.
+    let answer = unsafe { libc::syscall(libc::SYS_kcmp, a, b, KCMP_FILES, 0usize, 0usize) };
+    answer == 0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn threads_share_descriptors_and_children_do_not() {
+        let me = std::process::id() as i32;
+        assert!(shares_files(me, nix::unistd::gettid().as_raw()));
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
+        assert!(!shares_files(me, child.id() as i32));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
 
     #[test]
     fn a_process_shares_memory_with_its_threads_and_with_no_child() {

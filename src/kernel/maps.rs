@@ -51,6 +51,10 @@ pub enum VmaKind {
     Hugetlb,
     /// A character or block device other than `/dev/zero`.
     Device,
+    /// Where libaio's completions are written (`io_setup`).
+    AioRing,
+    /// The queues of an io_uring.
+    IoUring,
     /// The kernel's code for user space.
     Vdso,
     /// The kernel's data for the vdso.
@@ -236,9 +240,14 @@ impl<'a> Entry<'a> {
             // Only private mappings can be tracked, so only their files are worth asking.
             let shared = self.perms[3] == b's';
             return if shared {
-                Ok(Some(VmaKind::File {
-                    dev: self.dev,
-                    inode: self.inode,
+                Ok(Some(match self.name {
+                    // A filesystem of the kernel's own; a disk has another major number.
+                    b"/[aio] (deleted)" if self.dev.0 == 0 => VmaKind::AioRing,
+                    b"anon_inode:[io_uring]" => VmaKind::IoUring,
+                    _ => VmaKind::File {
+                        dev: self.dev,
+                        inode: self.inode,
+                    },
                 }))
             } else {
                 kinds.ask(pid, self)

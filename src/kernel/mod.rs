@@ -28,7 +28,6 @@ pub mod bugs;
 #[cfg(test)]
 pub(crate) mod forked;
 pub mod inject;
-pub mod interruption;
 pub mod ksm;
 pub mod loopback;
 pub mod maps;

@@ -8,11 +8,6 @@ use nix::unistd::Pid;
 /// The bytes of the `syscall` instruction.
 pub(super) const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
 
-/// System calls that write how much time is left when they are interrupted, and which argument says where: nanosleep,
-/// clock_nanosleep, select, pselect6, ppoll, recvmmsg (kernel/time/hrtimer.c, fs/select.c, net/socket.c).
-pub(super) const LEFT_TIME_ARGUMENTS: [(i64, usize); 6] =
-    [(35, 1), (230, 3), (23, 4), (270, 4), (271, 2), (299, 4)];
-
 /// User registers of a stopped thread.
 #[derive(Clone, Copy)]
 pub(super) struct Registers(libc::user_regs_struct);

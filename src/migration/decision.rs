@@ -29,7 +29,7 @@ use std::time::Duration;
 
 use super::convergence::{
     Assessment, Decision, FreezeReason, IDLE_PAGES, Limits, RoundMeasured, USEFUL_FACTOR, assess,
-    time_to_send,
+    comparing, time_to_send,
 };
 use super::mode::{Mode, Switch};
 use super::report::Prediction;
@@ -57,6 +57,8 @@ pub struct Seen<'a> {
     pub fixed_downtime: Duration,
     /// Of the connection.
     pub round_trip: Duration,
+    /// Pages that were sent and have to be compared in the freeze, or else are owed.
+    pub in_doubt: u64,
 }
 
 /// What to do now.
@@ -108,7 +110,7 @@ pub struct Forecast {
 
 /// Decides after a round.
 pub fn decide(mode: Mode, seen: &Seen, limits: &Limits) -> Verdict {
-    let assessment = assess(seen.rounds, seen.elapsed, limits, seen.fixed_downtime);
+    let assessment = assess(seen.rounds, seen.elapsed, limits, seen.fixed_pre_copy());
     let left = seen.left();
     let fits = assessment.expected_downtime <= limits.downtime;
     let writes = seen.writes();
@@ -182,6 +184,11 @@ pub fn expect_post_copy(
 }
 
 impl Seen<'_> {
+    /// What a freeze costs without a delta if nothing is to be owed.
+    fn fixed_pre_copy(&self) -> Duration {
+        self.fixed_downtime.saturating_add(comparing(self.in_doubt))
+    }
+
     fn left(&self) -> u64 {
         self.rounds
             .last()
@@ -202,7 +209,7 @@ impl Seen<'_> {
         expect_post_copy(
             self.elapsed,
             self.fixed_downtime,
-            left,
+            left + self.in_doubt,
             assessment.throughput,
         )
     }
@@ -297,7 +304,7 @@ pub fn forecast(seen: &Seen, writes: Writes, throughput: f64, limits: &Limits) -
     let delta = |pages: f64| seconds(pages / throughput);
     loop {
         let fits = left <= IDLE_PAGES as f64
-            || seen.fixed_downtime.saturating_add(delta(left)) <= limits.downtime;
+            || seen.fixed_pre_copy().saturating_add(delta(left)) <= limits.downtime;
         let round = delta(left).saturating_add(seen.round_trip);
         let dirtied = writes.dirtied_in(round);
         let ends = seen

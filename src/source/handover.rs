@@ -136,7 +136,6 @@ pub struct Handover<'a, S> {
     hold: Option<WaitingHook>,
     frozen: Option<Frozen>,
     scans: Vec<SpaceScan>,
-    held_back: BTreeMap<SpaceId, PageSet>,
     /// Dirty pages that wait for the dump to say whether they can be owed.
     put_off: BTreeMap<SpaceId, PageSet>,
     owed: Vec<PagesToSend>,
@@ -242,7 +241,6 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             hold: None,
             frozen: None,
             scans: Vec::new(),
-            held_back: BTreeMap::new(),
             put_off: BTreeMap::new(),
             owed: Vec::new(),
             owing: None,

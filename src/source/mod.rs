@@ -3,7 +3,7 @@
 //! ```text
 //!  plan ─▶ run ─┬▶ preflight      what moves, may it?
 //!               ├▶ link           the connection to the target
-//!               ├▶ rounds         tracker finds dirty pages, send sends them, rootfs_copy the files beside
+//!               ├▶ rounds         tracker finds dirty pages, writers whoever it cannot see, send sends them, rootfs_copy the files
 //!               ├▶ handover       the handoff table: dump, residue, commit
 //!               └▶ guard          a process that ends the migration if this one dies
 //!               ├▶ serve          post-copy: owed pages to the target, faults first
@@ -28,3 +28,4 @@ pub mod serve;
 pub mod settle;
 pub mod slowing;
 pub mod tracker;
+pub mod writers;

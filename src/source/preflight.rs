@@ -3,6 +3,7 @@
 //! Every finding that forbids the move is one line that says what is wrong and what to do. The target looks at the
 //! [`Requirements`] in its turn.
 
+use super::writers::Look;
 use crate::criu::binary::Criu;
 use crate::kernel::ptrace::living_thread;
 use crate::migration::event::{Finding, Verdict};
@@ -114,6 +115,8 @@ pub fn survey(
         looks.over("network", &mut refusals, "loopback only".into());
         check_open_files(container, &tasks, &mut refusals)?;
         check_limits(container, &tasks, &mut refusals)?;
+        let unmovable = Look::at(&container.id).unmovable(&tasks);
+        refusals.extend(unmovable.iter().map(ToString::to_string));
         looks.over(
             "open files",
             &mut refusals,
@@ -239,7 +242,26 @@ fn check_network(init_pid: i32, refusals: &mut Vec<String>) -> io::Result<()> {
             others.join(", ")
         ));
     }
+    // A network card writes into the memory that belongs to one.
+    let protocols = fs::read_to_string(format!("/proc/{init_pid}/net/protocols"))?;
+    if sockets_of(&protocols, "XDP") > 0 {
+        refusals.push(
+            "the container has XDP sockets, which CRIU cannot take along: end what uses them first"
+                .into(),
+        );
+    }
     Ok(())
+}
+
+/// How many sockets of a protocol `/proc/net/protocols` counts.
+fn sockets_of(protocols: &str, name: &str) -> u64 {
+    let lines = protocols
+        .lines()
+        .map(|line| line.split_whitespace().collect());
+    lines
+        .filter(|words: &Vec<&str>| words.first() == Some(&name))
+        .filter_map(|words| words.get(2)?.parse::<u64>().ok())
+        .sum()
 }
 
 /// Whether a TCP connection is established in the container's network. CRIU must then have locked it.
@@ -452,4 +474,16 @@ fn tree_bytes(root: &Path) -> io::Result<u64> {
         }
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets_are_counted_by_protocol() {
+        let text = "protocol  size sockets  memory press\nPACKET    1600      3      -1   NI\nXDP       1088      2      -1   NI\n";
+        assert_eq!(sockets_of(text, "XDP"), 2);
+        assert_eq!(sockets_of(text, "AF_VSOCK"), 0);
+    }
 }

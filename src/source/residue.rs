@@ -4,10 +4,9 @@
 //! the parent must be at the target: pages that no scan reported (CRIU's own parasite touches a page of code, a mapping
 //! may appear in the last instant) are found here and sent.
 //!
-//! Two kinds of pages are held back from the delta and sent here as well, under CRIU's hold. Pages of executable mappings:
-//! while CRIU's parasite is in a process, one such page holds its code, and a read at that moment would carry it away. And
-//! pages to which the kernel writes when CRIU interrupts a system call ([`crate::kernel::interruption`]): a task that sleeps in
-//! the v1 freezer is interrupted only then.
+//! What the last scan found, under CRIU's hold, is sent here as well. While CRIU's parasite is in a process, one page of code
+//! holds its code, and a read at that moment carries it away; and the kernel writes when CRIU interrupts a system call, which a task
+//! that sleeps in the v1 freezer is in until then.
 
 use crate::criu::images::{ImageError, Mappings, Pagemap};
 use crate::memory::PageSet;
@@ -38,12 +37,12 @@ pub enum ResidueError {
 }
 
 /// The pages of the process `vpid` that the dump in `images` leaves to the engine and that are not in `sent`, and those
-/// that are in `held_back`.
+/// that are in `written`.
 pub fn residue(
     images: &Path,
     vpid: i32,
     sent: Option<&PageSet>,
-    held_back: &PageSet,
+    written: &PageSet,
 ) -> Result<PageSet, ResidueError> {
     let pagemap = read(images, &format!("pagemap-{vpid}.img"), Pagemap::parse)?;
     let wanted: PageSet = pagemap.in_parent().collect();
@@ -51,7 +50,7 @@ pub fn residue(
     if let Some(sent) = sent {
         missing.subtract(sent);
     }
-    for range in held_back.iter() {
+    for range in written.iter() {
         for part in wanted.intersecting(range) {
             missing.insert(part);
         }

@@ -12,8 +12,9 @@ use super::handover::{Handover, mapped_files};
 use super::link::Link;
 use super::preflight::resident_bytes;
 use super::rootfs_copy::RootfsCopyError;
-use super::send::{FrameSink, PagesToSend, Progress, SendError};
+use super::send::{FrameSink, PagesToSend, Progress, SendError, Sender};
 use super::tracker::{Motion, SpaceScan, TrackError, TrackerKind};
+use super::writers::{Doubt, Look, Unmovable, sharing};
 use crate::fault;
 use crate::memory::{PAGE_SIZE, PageSet, SpaceId};
 use crate::migration::convergence::{
@@ -25,6 +26,7 @@ use crate::migration::handoff::SourceEvent;
 use crate::migration::ledger::{self, Ledger, Pages};
 use crate::migration::mode::{Mode, Switch};
 use crate::migration::report::{Prediction, RoundReport, Tracker as TrackerName};
+use crate::runtime::Task;
 use crate::wire::message::RoundEnd;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -68,6 +70,9 @@ pub enum RoundsError {
     /// The root filesystem could not be copied.
     #[error(transparent)]
     Rootfs(#[from] RootfsCopyError),
+    /// A process has come to hold what it cannot be moved with.
+    #[error(transparent)]
+    Unmovable(#[from] Unmovable),
     /// The dump or the restore could not be started.
     #[error("{0}")]
     Prepare(String),
@@ -136,6 +141,7 @@ impl<S: FrameSink> Handover<'_, S> {
                 elapsed: self.began.elapsed(),
                 fixed_downtime,
                 round_trip,
+                in_doubt: self.pages_in_doubt(),
             };
             let limits = Limits {
                 max_rounds: limits.max_rounds.saturating_sub(whole_before),
@@ -179,7 +185,7 @@ impl<S: FrameSink> Handover<'_, S> {
                     predicted = expect_post_copy(
                         self.began.elapsed(),
                         fixed_downtime,
-                        ledger.lacking(),
+                        ledger.lacking() + self.pages_in_doubt(),
                         verdict.assessment.throughput,
                     );
                 }
@@ -192,6 +198,10 @@ impl<S: FrameSink> Handover<'_, S> {
                 predicted,
             });
         }
+    }
+
+    fn pages_in_doubt(&self) -> u64 {
+        self.sender.as_ref().map_or(0, Sender::pages_in_doubt)
     }
 
     fn round_trip(&self) -> Duration {
@@ -207,6 +217,10 @@ impl<S: FrameSink> Handover<'_, S> {
         prepare(self).map_err(RoundsError::Prepare)?;
         self.wait_until_ready()?;
         let tasks = self.container.tasks().map_err(RoundsError::Tasks)?;
+        let mut unmovable = Look::at(&self.container.id).unmovable(&tasks).into_iter();
+        if let Some(unmovable) = unmovable.next() {
+            return Err(unmovable.into());
+        }
         let memory: u64 = tasks.iter().map(|task| resident_bytes(task.pid)).sum();
         let pages = memory / PAGE_SIZE;
         // Nothing has been measured. A limit is at least an upper end.
@@ -235,9 +249,31 @@ impl<S: FrameSink> Handover<'_, S> {
             return Ok(Pages::new());
         };
         let scans = tracker.scan(&tasks, Motion::Running)?;
+        self.look_for_writers(&scans, &tasks)?;
         self.mapped_files = mapped_files(&scans);
         self.readers = scans.iter().map(|scan| (scan.space, scan.pid)).collect();
         Ok(scans.into_iter().map(pages_of).collect())
+    }
+
+    /// Between a scan and the reading of what it found: who writes without a fault all that time is seen now.
+    fn look_for_writers(&mut self, scans: &[SpaceScan], tasks: &[Task]) -> Result<(), Unmovable> {
+        let Some(sender) = &mut self.sender else {
+            return Ok(());
+        };
+        sender.retain(|space| scans.iter().any(|scan| scan.space == space));
+        let mut look = Look::at(&self.container.id);
+        let mut worst = Doubt::None;
+        for scan in scans {
+            let doubt = look.look(&sharing(scan, tasks), &scan.vmas)?;
+            if doubt > Doubt::None {
+                sender.doubt(scan.space);
+            }
+            worst = worst.max(doubt);
+        }
+        if worst == Doubt::All {
+            scans.iter().for_each(|scan| sender.doubt(scan.space));
+        }
+        Ok(())
     }
 
     fn to_send(&self, pages: Pages) -> Vec<PagesToSend> {

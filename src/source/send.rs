@@ -80,6 +80,8 @@ pub enum SendError {
 pub struct Sender<S> {
     workers: Vec<Worker<S>>,
     sent: HashMap<SpaceId, PageSet>,
+    /// Of spaces in doubt, the pages that were sent since they are.
+    in_doubt: HashMap<SpaceId, PageSet>,
 }
 
 /// What watches a sender at work from another thread.
@@ -100,6 +102,35 @@ impl<S: FrameSink> Sender<S> {
         Sender {
             workers: sinks.into_iter().map(worker).collect(),
             sent: HashMap::new(),
+            in_doubt: HashMap::new(),
+        }
+    }
+
+    /// Holds in doubt what is sent of a space from here on: it may be changed behind the tracker's back after it was read
+    /// ([`writers`](super::writers)). A digest is kept of all of it, so that sending it once more costs reading, and bytes
+    /// only where it is another.
+    pub fn doubt(&mut self, space: SpaceId) {
+        self.in_doubt.entry(space).or_default();
+        for worker in &mut self.workers {
+            worker.remember_all(space);
+        }
+    }
+
+    /// The pages of `space` whose copies are in doubt.
+    pub fn in_doubt(&self, space: SpaceId) -> Option<&PageSet> {
+        self.in_doubt.get(&space)
+    }
+
+    /// How many pages are in doubt.
+    pub fn pages_in_doubt(&self) -> u64 {
+        self.in_doubt.values().map(PageSet::pages).sum()
+    }
+
+    /// Drops what is kept of doubtful spaces that are no more.
+    pub fn retain(&mut self, is_there: impl Fn(SpaceId) -> bool) {
+        self.in_doubt.retain(|space, _| is_there(*space));
+        for worker in &mut self.workers {
+            worker.retain(&is_there);
         }
     }
 
@@ -138,6 +169,10 @@ impl<S: FrameSink> Sender<S> {
                 sent.extend(&pages.sent);
                 // An older copy of a page that cannot be read any more is worth nothing.
                 sent.subtract(&pages.gone);
+                if let Some(in_doubt) = self.in_doubt.get_mut(&space) {
+                    in_doubt.extend(&pages.sent);
+                    in_doubt.subtract(&pages.gone);
+                }
             }
         }
         Ok(total)
@@ -164,8 +199,10 @@ impl<S: FrameSink> Sender<S> {
 
     /// Takes it that the target has no copy of these pages.
     pub fn forget(&mut self, space: SpaceId, pages: &PageSet) {
-        if let Some(sent) = self.sent.get_mut(&space) {
-            sent.subtract(pages);
+        for copies in [&mut self.sent, &mut self.in_doubt] {
+            if let Some(copies) = copies.get_mut(&space) {
+                copies.subtract(pages);
+            }
         }
     }
 

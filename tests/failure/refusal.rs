@@ -5,6 +5,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use rig::{Container, ContainerOptions, Host, HostOptions, Running, Workload};
 use serde_json::{Value, json};
+use std::time::{Duration, Instant};
 
 /// The move of a container is refused with a line that has `why` in it.
 fn expect_refusal(stage: &Stage, id: &str, why: &str) -> Result<()> {
@@ -123,6 +124,71 @@ fn processes_that_criu_cannot_take_along_are_refused_before_anything_is_touched(
     }
     stage.expect_untouched(&agent)?;
     stage.expect_next_try()
+}
+
+/// Whoever writes to memory when nobody can tell is refused before anything is touched, with the process as the container knows it.
+#[test]
+fn rings_that_the_kernel_writes_by_are_refused_by_name() -> Result<()> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let stage = Stage::new(&a, &b)?;
+    let agent = stage.agent(&[HASTE])?;
+    for (ring, why) in [
+        (
+            "--ring",
+            "process 1 (kernel-writer) in container odd uses io_uring",
+        ),
+        (
+            "--aio",
+            "process 1 (kernel-writer) in container odd uses libaio and has /blocks open",
+        ),
+    ] {
+        let workload = Workload::kernel_writer(8).arg("--readers=0").arg(ring);
+        let odd = Container::create(&a, "odd", &workload, &ContainerOptions::default())?;
+        expect_refusal(&stage, "odd", why)?;
+        ensure!(odd.verify(&a, LIMIT)?.verified);
+        odd.delete(&a)?;
+        std::fs::remove_dir_all(a.path("/srv/odd"))?;
+    }
+    stage.expect_untouched(&agent)?;
+    stage.expect_next_try()
+}
+
+/// The move ends with the same words: before the freeze, or in it if it came after the last look.
+#[test]
+fn a_ring_that_comes_during_the_move_ends_it() -> Result<()> {
+    let (a, b) = (Host::new("a")?, Host::new("b")?);
+    let stage = Stage::new(&a, &b)?;
+    let agent = stage.agent(&[HASTE])?;
+    for (late, step, why) in [
+        ("--late-ring", "Round", "uses io_uring"),
+        (
+            "--late-aio",
+            "FreezeContainer",
+            "uses libaio and has /blocks open",
+        ),
+    ] {
+        let workload = Workload::kernel_writer(64).arg("--readers=0").arg(late);
+        let odd = Container::create(&a, "late", &workload, &ContainerOptions::default())?;
+        let fault = format!("MIGRATE_FAULT=source:{step}:stop");
+        let mut moving = stage.start_move("late", &[&fault, HASTE])?;
+        wait_stopped(&mut moving)?;
+        odd.signal(&a, "USR2")?;
+        let deadline = Instant::now() + LIMIT;
+        while !odd.log(&a)?.iter().any(|line| line["late"] == true) {
+            ensure!(Instant::now() < deadline, "it makes no ring");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        moving.signal(Signal::SIGCONT)?;
+        stage.expect_exit(&mut moving, 4)?;
+        let said = moving.output()?;
+        let why = format!("process 1 (kernel-writer) in container late {why}");
+        ensure!(said.contains(&why), "{said}");
+        ensure!(said.contains("of downtime") == (step != "Round"), "{said}");
+        ensure!(odd.verify(&a, LIMIT)?.verified);
+        odd.delete(&a)?;
+        std::fs::remove_dir_all(a.path("/srv/late"))?;
+    }
+    stage.expect_untouched(&agent)
 }
 
 /// Of a container that works, one thing at a time is made so that it cannot move.

@@ -131,6 +131,7 @@ fn migrate(mode: Mode, pattern: Pattern, limits: &Limits) -> Cost {
             elapsed,
             fixed_downtime: FIXED,
             round_trip: ROUND_TRIP,
+            in_doubt: 0,
         };
         let verdict = decide(mode, &seen, limits);
         if let Course::Freeze { switch, .. } = verdict.course {
@@ -262,6 +263,7 @@ fn how_a_container_writes_is_told_from_two_scans() {
         elapsed: Duration::ZERO,
         fixed_downtime: FIXED,
         round_trip: ROUND_TRIP,
+        in_doubt: 0,
     };
     let writes = seen.writes().expect("three scans");
     assert!(
@@ -524,6 +526,7 @@ fn auto_decides_on_recorded_rounds_as_their_containers_called_for() {
                 elapsed: rounds[..done].iter().map(|round| round.duration).sum(),
                 fixed_downtime: FIXED,
                 round_trip: ROUND_TRIP,
+                in_doubt: 0,
             };
             decide(mode, &seen, &limits).course
         };
@@ -559,4 +562,44 @@ fn auto_decides_on_recorded_rounds_as_their_containers_called_for() {
             }
         }
     }
+}
+
+/// What has to be compared in the freeze counts as downtime, and may make the difference.
+#[test]
+fn pages_in_doubt_are_compared_in_the_freeze_or_owed() {
+    let round = RoundMeasured {
+        pages_sent: 1 << 20,
+        zero_pages: 0,
+        bytes_sent: 4 << 30,
+        duration: Duration::from_secs(10),
+        sending: Duration::from_secs(10),
+        pages_dirty: 10,
+        pages_again: 0,
+        pages_before: 1 << 20,
+        pages_left: 10,
+        sample: false,
+    };
+    let rounds = [round];
+    let verdict = |in_doubt| {
+        let seen = Seen {
+            rounds: &rounds,
+            memory: 1 << 20,
+            elapsed: Duration::from_secs(10),
+            fixed_downtime: FIXED,
+            round_trip: ROUND_TRIP,
+            in_doubt,
+        };
+        decide(Mode::Auto, &seen, &LIMITS)
+    };
+    let switch = |verdict: Verdict| match verdict.course {
+        Course::Freeze { switch, .. } => Some(switch),
+        Course::Continue => None,
+    };
+    let (none, all) = (verdict(0), verdict(1 << 20));
+    assert_eq!(switch(none), Some(Switch::PreCopy));
+    assert!(none.predicted.downtime < LIMITS.downtime);
+    assert!(all.assessment.expected_downtime > Duration::from_millis(600));
+    assert_eq!(switch(all), Some(Switch::PostCopy));
+    assert_eq!(all.predicted.downtime, FIXED);
+    assert!(all.predicted.last_page > Some(Duration::from_secs(10)));
 }

@@ -1,15 +1,14 @@
 //! While nothing runs: from the order to freeze until everything the target needs has been sent.
 //!
 //! ```text
-//!  freeze ─▶ send_delta: last scan ∥ CRIU looks, last pages, last files ─▶ freeze_again, under CRIU's hold
-//!         ─▶ send_images: the residue, CRIU's images, the manifest       ─▶ confirm_hold, before the decision
+//!  freeze ─▶ send_delta: a scan ∥ CRIU looks, last pages, last files       ─▶ freeze_again, under CRIU's hold
+//!         ─▶ send_images: last scan, the residue, CRIU's images, the manifest ─▶ confirm_hold, before the decision
 //! ```
 
 use super::{FREEZE_PATIENCE, Handover};
 use crate::criu::hook::WaitingHook;
 use crate::criu::options::NetworkLock;
 use crate::criu::skeleton::Claim;
-use crate::kernel::interruption::pages_of_time_left;
 use crate::kernel::maps::{Vma, VmaKind};
 use crate::memory::{PAGE_SIZE, PageSet, SpaceId};
 use crate::migration::event::Event;
@@ -22,6 +21,7 @@ use crate::source::residue::{residue, take_lazy};
 use crate::source::rootfs::FileId;
 use crate::source::send::{FrameSink, PagesToSend, Progress, Sender};
 use crate::source::tracker::{Bystander, Motion, SpaceScan, Tracker, TrackerKind};
+use crate::source::writers::{self, Look};
 use crate::wire::message::{ImageFile, Manifest, SpaceOwner};
 use crate::wire::path::RelativePath;
 use std::collections::{BTreeMap, BTreeSet};
@@ -48,7 +48,7 @@ impl<S: FrameSink> Handover<'_, S> {
         })
     }
 
-    /// The last scan, the parent for CRIU, the last pages and the last files.
+    /// The scan at the freeze, the parent for CRIU, the last pages and the last files.
     pub(super) fn send_delta(&mut self) -> Result<(), String> {
         let start = Instant::now();
         let text = |error: &dyn std::fmt::Display| error.to_string();
@@ -61,12 +61,6 @@ impl<S: FrameSink> Handover<'_, S> {
             );
         }
         let tasks = self.container.tasks().map_err(|error| text(&error))?;
-        // Before CRIU may look: once it has taken hold of a thread, the call the thread waited in is no longer to be seen.
-        let mut time_left = BTreeMap::new();
-        for task in tasks.iter().filter(|task| !task.zombie) {
-            let pages = pages_of_time_left(task.pid).map_err(|error| text(&error))?;
-            time_left.insert(task.vpid, pages);
-        }
         // CRIU's work grows with the container as the scan's does: where one does not disturb the other they run side by
         // side. Soft-dirty bits are cleared before CRIU looks, so there the scan has to come first.
         let side_by_side = self
@@ -84,6 +78,7 @@ impl<S: FrameSink> Handover<'_, S> {
                 .scan(&tasks, Motion::Frozen)
                 .map_err(|error| text(&error))?;
         }
+        self.nothing_is_under_way(&tasks)?;
         if let Some(rootfs) = &mut self.rootfs {
             rootfs
                 .begin_pass(mapped_files(&self.scans))
@@ -95,31 +90,21 @@ impl<S: FrameSink> Handover<'_, S> {
         }
         self.ended.memory_bytes = resident_bytes(&tasks);
         let mut to_send = Vec::with_capacity(self.scans.len());
+        let post_copy = self.is_post_copy();
         let sender = self.sender.as_mut().ok_or("the page streams are gone")?;
         for scan in &self.scans {
             sender.forget(scan.space, &scan.stale);
         }
         for scan in &self.scans {
-            let executable: PageSet = scan
-                .vmas
-                .iter()
-                .filter(|vma| vma.executable)
-                .map(|vma| vma.range)
-                .collect();
             let mut pages = self.unsent.remove(&scan.space).unwrap_or_default();
             pages.extend(&scan.dirty);
-            let mut held_back: PageSet = executable
-                .iter()
-                .flat_map(|range| pages.intersecting(range))
-                .collect();
-            for vpid in std::iter::once(&scan.vpid).chain(&scan.sharers) {
-                if let Some(pages) = time_left.get(vpid) {
-                    held_back.extend(pages);
-                }
+            // Nothing is under way any more: now they can be compared with what was sent.
+            if let Some(in_doubt) = sender.in_doubt(scan.space) {
+                pages.extend(in_doubt);
             }
-            pages.subtract(&held_back);
-            self.held_back.insert(scan.space, held_back);
-            if self.is_post_copy() {
+            // The scan under CRIU's hold finds these once more.
+            pages.subtract(&scan.unwatched);
+            if post_copy {
                 let later: PageSet = scan
                     .vmas
                     .iter()
@@ -198,27 +183,58 @@ impl<S: FrameSink> Handover<'_, S> {
         }
     }
 
-    /// Pages that only CRIU knew of, CRIU's images, and what there must be at the target.
+    /// Requests that go on while their process is frozen may end at any time: then neither memory nor an answer is whole.
+    fn nothing_is_under_way(&self, tasks: &[Task]) -> Result<(), String> {
+        let mut look = Look::at(&self.container.id);
+        let is_ring = |vma: &Vma| matches!(vma.kind, VmaKind::AioRing | VmaKind::IoUring);
+        let rings = |scan: &&SpaceScan| scan.vmas.iter().any(is_ring);
+        for scan in self.scans.iter().filter(rings) {
+            let sharing = writers::sharing(scan, tasks);
+            look.look(&sharing, &scan.vmas)
+                .map_err(|unmovable| unmovable.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// What was written since the scan at the freeze: calls that were under way ended when CRIU took hold of their threads, and
+    /// wrote their results; and CRIU borrowed a page of code. (Where CRIU looks at soft-dirty bits it has such pages in its images.)
+    fn written_since(&mut self) -> Result<BTreeMap<SpaceId, PageSet>, String> {
+        let Some(tracker) = self.tracker.as_mut().filter(|tracker| tracker.watches()) else {
+            return Ok(BTreeMap::new());
+        };
+        let tasks = self.container.tasks().map_err(|error| error.to_string())?;
+        let scans = tracker
+            .scan(&tasks, Motion::Frozen)
+            .map_err(|error| error.to_string())?;
+        Ok(scans
+            .into_iter()
+            .map(|scan| (scan.space, scan.dirty))
+            .collect())
+    }
+
+    /// What the last scan finds, pages that only CRIU knew of, CRIU's images, and what there must be at the target.
     pub(super) fn send_images(&mut self) -> Result<(), String> {
         let start = Instant::now();
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let images = self.dump.as_ref().ok_or("there is no dump")?.images();
+        let written = self.written_since()?;
         let mut to_send = Vec::new();
         let mut owed = Vec::new();
         let sender = self.sender.as_ref().ok_or("the page streams are gone")?;
         for scan in &self.scans {
             let none = PageSet::new();
-            let held_back = self.held_back.get(&scan.space).unwrap_or(&none);
+            let written = written.get(&scan.space).unwrap_or(&none);
             let mut there = sender.sent(scan.space).cloned().unwrap_or_default();
             there.subtract(self.put_off.get(&scan.space).unwrap_or(&none));
-            let mut pages = residue(&images, scan.vpid, Some(&there), held_back)
-                .map_err(|error| text(&error))?;
+            let mut pages =
+                residue(&images, scan.vpid, Some(&there), written).map_err(|error| text(&error))?;
             if self.is_post_copy() {
-                // What is held back is little, and what threads touch first when they go on.
-                let now: PageSet = held_back
+                // What was written under CRIU's hands is little, and what threads touch first when they go on.
+                let mut now: PageSet = written
                     .iter()
                     .flat_map(|range| pages.intersecting(range))
                     .collect();
+                now.subtract(&scan.unwatched);
                 pages.subtract(&now);
                 let later =
                     take_lazy(&images, scan.vpid, &mut pages).map_err(|error| text(&error))?;

@@ -316,3 +316,39 @@ fn what_is_forgotten_is_not_there_and_comes_with_its_new_content() {
     assert_eq!(kept[0].pages(), [(stale.start().0, None)]);
     assert_eq!(sender.sent(SPACE).expect("all").pages(), 3);
 }
+
+/// A page that changes when it was read already, and of which no scan says so.
+#[test]
+fn what_is_in_doubt_is_known_and_sent_again_where_it_is_another() {
+    let mut memory = Memory::new(1500);
+    for index in 0..1500 {
+        memory.page(index).fill(7);
+    }
+    let (mut sender, kept) = sender(2);
+    let send = |sender: &mut Sender<Kept>, memory: &Memory| {
+        let sent = sender.send(&memory.to_send(), &Progress::default());
+        sent.expect("sent").data_pages
+    };
+    assert_eq!(send(&mut sender, &memory), 1500);
+    assert!(sender.in_doubt(SPACE).is_none());
+    sender.doubt(SPACE);
+    assert_eq!(sender.pages_in_doubt(), 0, "what was sent before is right");
+    assert_eq!(send(&mut sender, &memory), 1500, "nothing is known of it");
+    assert_eq!(sender.pages_in_doubt(), 1500);
+    memory.page(1234).fill(8);
+    let doubt = sender.in_doubt(SPACE).expect("in doubt").clone();
+    kept.iter().for_each(|kept| drop(kept.pages()));
+    let again = PagesToSend {
+        pages: doubt,
+        ..memory.to_send().remove(0)
+    };
+    let sent = sender.send(&[again], &Progress::default()).expect("sent");
+    assert_eq!((sent.data_pages, sent.same_pages), (1, 1499));
+    let came: Vec<_> = kept.iter().flat_map(Kept::pages).collect();
+    assert_eq!(came, [(memory.first.0 + 1234, Some(vec![8; 4096]))]);
+    let one = PageRange::from_start_len(memory.first, 1).expect("a page");
+    sender.forget(SPACE, &[one].into_iter().collect());
+    assert_eq!(sender.pages_in_doubt(), 1499);
+    sender.retain(|_| false);
+    assert_eq!(sender.pages_in_doubt(), 0);
+}

@@ -57,6 +57,16 @@ impl<S> Worker<S> {
         self.frames
     }
 
+    /// Remembers what is sent of every page of the space from here on.
+    pub fn remember_all(&mut self, space: SpaceId) {
+        self.remembered.remember_all(space);
+    }
+
+    /// Forgets spaces that are no more.
+    pub fn retain(&mut self, is_there: impl Fn(SpaceId) -> bool) {
+        self.remembered.retain(is_there);
+    }
+
     pub fn into_sink(self) -> S {
         self.sink
     }
@@ -162,7 +172,7 @@ impl<S: FrameSink> Worker<S> {
             }
         }
         // What the table says of them is no longer true; few of the others will be asked about again.
-        self.remembered = Remembered::new();
+        self.remembered.forget();
         Ok(bytes_wire)
     }
 

@@ -35,6 +35,7 @@ impl Tracker for Bystander {
                     vmas,
                     dirty: PageSet::new(),
                     stale: PageSet::new(),
+                    unwatched: PageSet::new(),
                     untracked: None,
                 }),
                 Err(MapsError::Exited { .. }) => {}

@@ -19,8 +19,13 @@
 //! right or sent again; when the last scan and its reads happen with every task frozen, all that was sent last is right.
 //! Wherever a tracker cannot know, it says "dirty".
 //!
+//! Tasks in the freezer may still be in a system call, and it writes its results when CRIU takes hold of them. So there is one
+//! more scan under CRIU's hold, of a tracker that [`watches`](Tracker::watches) frozen tasks. Where soft-dirty is, CRIU itself
+//! looks at the bits, which are cleared before it begins, and has such pages in its images.
+//!
 //! One writer is outside this promise: a device writing into memory pinned before a scan (an `O_DIRECT` read that was in
-//! flight) sets no bit in any page table. CRIU's own pre-dump has the same hole.
+//! flight) sets no bit in any page table. Such writers are looked for ([`writers`](super::writers)), and what was sent of
+//! their memory is compared in the end.
 
 mod bystander;
 mod choice;
@@ -53,6 +58,11 @@ pub trait Tracker: Send {
     /// At the first sight of a space every populated page is dirty; afterwards those written since the last scan.
     /// `tasks` must be listed anew for each scan: what they lack is forgotten. Tasks that exit meanwhile are left out.
     fn scan(&mut self, tasks: &[Task], motion: Motion) -> Result<Vec<SpaceScan>, TrackError>;
+
+    /// Whether a further scan of frozen tasks tells what was written to them since the one before.
+    fn watches(&self) -> bool {
+        false
+    }
 }
 
 /// The ways to track.
@@ -78,7 +88,7 @@ impl fmt::Display for TrackerKind {
 pub enum Motion {
     /// They run, and can be stopped for a moment.
     Running,
-    /// Every one is in the cgroup freezer: none can be traced, none changes. Nothing is armed.
+    /// Every one is in the cgroup freezer: none can be traced, and none changes but by the kernel's hand. Nothing is registered.
     Frozen,
 }
 
@@ -103,6 +113,9 @@ pub struct SpaceScan {
     /// `khugepaged` makes huge pages of frozen processes' memory, too, and of what is not there it makes zeros. Who had sent
     /// what was there earlier would take that for its content.
     pub stale: PageSet,
+    /// Of a frozen space: mappings of which a further scan cannot tell what was written since, and which it will report whole.
+    /// What is sent of them is best sent then.
+    pub unwatched: PageSet,
     /// Why writes are not tracked yet: every populated page was and will be dirty until that changes.
     pub untracked: Option<Untracked>,
 }
@@ -189,6 +202,8 @@ pub fn is_tracked(vma: &Vma) -> bool {
             VmaKind::Anonymous | VmaKind::Heap | VmaKind::Stack | VmaKind::File { .. } => true,
             VmaKind::Hugetlb
             | VmaKind::Device
+            | VmaKind::AioRing
+            | VmaKind::IoUring
             | VmaKind::Vdso
             | VmaKind::Vvar
             | VmaKind::Special => false,
@@ -262,6 +277,8 @@ mod tests {
         for kind in [
             VmaKind::Hugetlb,
             VmaKind::Device,
+            VmaKind::AioRing,
+            VmaKind::IoUring,
             VmaKind::Vdso,
             VmaKind::Vvar,
             VmaKind::Special,

@@ -187,6 +187,7 @@ impl SoftDirty {
             vmas,
             dirty,
             stale,
+            unwatched: PageSet::new(),
             untracked,
         };
         Ok((space, scan))

@@ -101,6 +101,11 @@ impl Tracker for UffdWp {
         scans.sort_by_key(|scan| scan.space);
         Ok(scans)
     }
+
+    /// What is registered is armed at every scan, whether the tasks run or not.
+    fn watches(&self) -> bool {
+        true
+    }
 }
 
 impl UffdWp {
@@ -139,12 +144,11 @@ impl UffdWp {
         let vmas = maps::read(pid, kinds)?;
         let mut eyes = Eyes {
             pagemap: Pagemap::open(pid)?,
-            motion,
             dirty: PageSet::new(),
         };
 
         let mut unknown = Vec::new();
-        let mut stale = PageSet::new();
+        let (mut stale, mut unwatched) = (PageSet::new(), PageSet::new());
         let mut tracked = 0;
         for (index, vma) in vmas.iter().enumerate().filter(|(_, vma)| is_tracked(vma)) {
             tracked += 1;
@@ -191,6 +195,7 @@ impl UffdWp {
             // In what is registered the userfaultfd keeps khugepaged from filling holes.
             if motion == Motion::Frozen {
                 stale.insert(range);
+                unwatched.insert(range);
             }
         }
         stale.subtract(&eyes.dirty);
@@ -202,6 +207,7 @@ impl UffdWp {
             vmas,
             dirty: eyes.dirty,
             stale,
+            unwatched,
             untracked,
         }))
     }
@@ -279,7 +285,6 @@ fn with_gap(range: PageRange, next: Option<&Vma>) -> PageRange {
 /// The pages of one process during one scan.
 struct Eyes {
     pagemap: Pagemap,
-    motion: Motion,
     dirty: PageSet,
 }
 
@@ -290,7 +295,7 @@ impl Eyes {
         let written = Query {
             all_of: PageIs::WRITTEN,
             tracked: true,
-            arm: self.motion == Motion::Running,
+            arm: true,
             ..POPULATED
         };
         match self

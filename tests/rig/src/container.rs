@@ -32,6 +32,9 @@ pub struct ContainerOptions {
     pub user: u32,
     /// Standard output and error are pipes that somebody on the first host reads, and not `/dev/null`.
     pub piped: bool,
+    /// Reads from the disk that the host lies on are held to so many a second, where the kernel can do that: each is under way
+    /// for long.
+    pub reads_a_second: Option<u32>,
 }
 
 impl Container {
@@ -51,6 +54,10 @@ impl Container {
         let config = host.path(&bundle).join("config.json");
         let mut spec: Value = serde_json::from_slice(&std::fs::read(&config)?)?;
         adapt(&mut spec, id, workload, options);
+        if let (Some(rate), Some((major, minor))) = (options.reads_a_second, throttled(&rootfs)?) {
+            let limit = json!([{ "major": major, "minor": minor, "rate": rate }]);
+            spec["linux"]["resources"]["blockIO"] = json!({ "throttleReadIOPSDevice": limit });
+        }
         std::fs::write(&config, serde_json::to_vec_pretty(&spec)?)?;
 
         // Detached, the container keeps runc's own stdio: a file there could be dumped by nobody.
@@ -238,6 +245,30 @@ impl Container {
 /// Whether a process exists. Much cheaper than asking runc, and asked often.
 fn is_alive(pid: i32) -> bool {
     Path::new("/proc").join(pid.to_string()).exists()
+}
+
+/// The disk that a directory lies on, if this machine can hold back what is read from it.
+fn throttled(directory: &Path) -> Result<Option<(u64, u64)>> {
+    use std::os::unix::fs::MetadataExt;
+    let of_v1 = Path::new("/sys/fs/cgroup/blkio/blkio.throttle.read_iops_device").exists();
+    let of_v2 = std::fs::read_to_string("/sys/fs/cgroup/cgroup.subtree_control")
+        .is_ok_and(|controllers| controllers.split_whitespace().any(|name| name == "io"));
+    let device = std::fs::metadata(directory)?.dev();
+    let (major, minor) = (device >> 8 & 0xfff, device & 0xff);
+    let block = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+    // Only whole disks can be; a filesystem without one has a device that is none.
+    let disk = match block.join("partition").exists() {
+        true => block.join("../dev"),
+        false => block.join("dev"),
+    };
+    let Ok(numbers) = std::fs::read_to_string(disk) else {
+        return Ok(None);
+    };
+    let numbers = numbers
+        .trim()
+        .split_once(':')
+        .and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+    Ok(numbers.filter(|_| of_v1 || of_v2))
 }
 
 /// Makes `runc spec`'s default container into one that runs without a terminal.

@@ -90,6 +90,11 @@ impl Workload {
         redis
     }
 
+    /// `memory_mib` that devices write to past the page tables (`O_DIRECT`), and what the kernel writes of signals waited for.
+    pub fn kernel_writer(memory_mib: u32) -> Workload {
+        Workload::new("kernel-writer", [format!("--memory-mib={memory_mib}")])
+    }
+
     /// Files that are written, truncated, renamed, linked and deleted all the time.
     pub fn file_mutator() -> Workload {
         Workload::new("file-mutator", [] as [&str; 0])
@@ -200,7 +205,15 @@ fn source_dir(name: &str) -> PathBuf {
 
 /// Compiles every workload.
 pub(crate) fn compile_all() -> Result<()> {
-    ["memory-writer", "zoo", "redis", "file-mutator", "prefork"]
+    let names = [
+        "memory-writer",
+        "zoo",
+        "redis",
+        "file-mutator",
+        "prefork",
+        "kernel-writer",
+    ];
+    names
         .into_iter()
         .try_for_each(|name| compile(name).map(drop))
 }
