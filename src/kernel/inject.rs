@@ -51,7 +51,7 @@ pub struct Injected {
     pub each: Vec<Result<OwnedFd, InjectError>>,
     /// How many threads stood still.
     pub threads: usize,
-    /// How long.
+    /// How long at a time, at most.
     pub stopped: Duration,
 }
 
@@ -138,8 +138,8 @@ impl InjectError {
     }
 }
 
-/// Makes a userfaultfd in each of several memories, all in one standstill of `everyone`, in which the processes must be. A memory
-/// is named by its processes: the first of which a thread can be stopped is the way in. Each thread may take `patience` to stop.
+/// Makes a userfaultfd in each of several memories while `everyone`, in which the processes must be, stands still: all in one
+/// standstill, or in several with pauses between where there are many, as none may become long. A memory is named by its processes: the first of which a thread can be stopped is the way in. Each thread may take `patience` to stop.
 ///
 /// Needs `CAP_SYS_ADMIN` and `CAP_SYS_PTRACE`, and not to run under seccomp.
 pub fn userfaultfds(
@@ -149,7 +149,8 @@ pub fn userfaultfds(
 ) -> Result<Injected, StopError> {
     let count = memories.len();
     let asked = memories.clone();
-    let mut injected = trace_within(patience + TRACE_PATIENCE, move |tracer| {
+    let in_all = patience + TRACE_PATIENCE + EACH_PATIENCE * count as u32;
+    let mut injected = trace_within(in_all, move |tracer| {
         make_all(tracer, &memories, everyone, patience)
     })??;
     debug_assert_eq!(injected.each.len(), count);
@@ -169,6 +170,10 @@ const CALL_PATIENCE: Duration = Duration::from_millis(500);
 
 /// How long all of it may take, beside waiting for threads to stop.
 const TRACE_PATIENCE: Duration = Duration::from_secs(10);
+const EACH_PATIENCE: Duration = Duration::from_millis(20);
+
+/// How long a standstill lasts in which all that is to be done has not been: this, or as long as it took to come to.
+const STANDSTILL: Duration = Duration::from_millis(5);
 
 /// A process that is killed while it is worked on fails in any of a dozen ways; what it is in truth shows as soon
 /// as the kernel is done with it.
@@ -188,17 +193,30 @@ fn make_all(
     mut everyone: Everyone,
     patience: Duration,
 ) -> Result<Injected, StopError> {
-    let began = Instant::now();
-    let standstill = tracer.hold(&mut everyone, TraceOptions::INJECT, patience)?;
-    let each = memories.iter();
-    let each = each.map(|pids| make(&standstill, pids, patience)).collect();
-    let threads = standstill.threads();
-    drop(standstill);
-    Ok(Injected {
-        each,
-        threads,
-        stopped: began.elapsed(),
-    })
+    let mut injected = Injected {
+        each: Vec::with_capacity(memories.len()),
+        threads: 0,
+        stopped: Duration::ZERO,
+    };
+    loop {
+        let began = Instant::now();
+        let standstill = tracer.hold(&mut everyone, TraceOptions::INJECT, patience)?;
+        let enough = STANDSTILL.max(began.elapsed()) + began.elapsed();
+        for pids in &memories[injected.each.len()..] {
+            injected.each.push(make(&standstill, pids, patience));
+            if began.elapsed() > enough {
+                break;
+            }
+        }
+        injected.threads = injected.threads.max(standstill.threads());
+        drop(standstill);
+        injected.stopped = injected.stopped.max(began.elapsed());
+        if injected.each.len() == memories.len() {
+            return Ok(injected);
+        }
+        // As long as it stood still it runs.
+        std::thread::sleep(began.elapsed());
+    }
 }
 
 /// Makes one userfaultfd, unless the standstill has been ended because a call was late.

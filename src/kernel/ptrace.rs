@@ -128,7 +128,7 @@ pub fn trace_within<T: Send + 'static>(
         spawned.map_err(|error| refused("making a thread to trace", 0, errno_of(&error)))?;
     let asked = Instant::now();
     loop {
-        match result.recv_timeout(Duration::from_millis(5)) {
+        match result.recv_timeout(Duration::from_millis(20)) {
             Ok(made) => {
                 // What it failed to stop is let go by its end.
                 drop(tracer.join());
@@ -179,8 +179,12 @@ impl Drop for UnderWay {
 /// Takes dead threads out of the way of an exec. It waits until its thread's siblings are gone, and seized ones are gone only
 /// when they have been reaped; seizing waits for the exec, so the tracing thread cannot do it.
 fn reap(seized: &Mutex<Vec<i32>>) {
-    let seized = seized.lock().unwrap_or_else(PoisonError::into_inner);
-    for &tid in seized.iter() {
+    let seized = seized.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    for tid in seized {
+        // A tracee's stop would be taken by any wait for it, so that it is only looked at first.
+        let Err(StopError::Exited { .. }) = wait(tid, libc::WNOHANG) else {
+            continue;
+        };
         let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
         let leader = status.lines().find_map(|line| line.strip_prefix("Tgid:"));
         let leader: Option<i32> = leader.and_then(|pid| pid.trim().parse().ok());
@@ -188,14 +192,11 @@ fn reap(seized: &Mutex<Vec<i32>>) {
         if leader.is_none_or(|pid| pid == tid) {
             continue;
         }
-        // A tracee's stop would be taken by any wait for it, so that it is only looked at first.
-        if let Err(StopError::Exited { .. }) = wait(tid, libc::WNOHANG) {
-            let flags = libc::WEXITED | libc::WNOHANG | libc::__WALL;
-            // SAFETY: all zeros is a valid siginfo_t, and it outlives the call.
-            unsafe {
-                let mut info: libc::siginfo_t = std::mem::zeroed();
-                libc::waitid(libc::P_PID, tid as libc::id_t, &raw mut info, flags);
-            }
+        let flags = libc::WEXITED | libc::WNOHANG | libc::__WALL;
+        // SAFETY: all zeros is a valid siginfo_t, and it outlives the call.
+        unsafe {
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            libc::waitid(libc::P_PID, tid as libc::id_t, &raw mut info, flags);
         }
     }
 }

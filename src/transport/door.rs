@@ -126,12 +126,12 @@ impl Books {
 
 impl Guest {
     /// The handshake has succeeded.
-    pub(super) fn is_in(mut self) {
+    pub(super) fn let_in(mut self) {
         self.failed = false;
     }
 
     /// It came as far as showing a certificate, which proves its address, and the certificate is unknown.
-    pub(super) fn is_refused(mut self) {
+    pub(super) fn refuse(mut self) {
         self.failed = true;
     }
 }
@@ -187,16 +187,16 @@ mod tests {
             door.knock(at("10.1.0.1"), false, now),
             Verdict::Prove
         ));
-        begun(door.knock(at("10.1.0.1"), true, now)).is_in();
+        begun(door.knock(at("10.1.0.1"), true, now)).let_in();
         drop(strangers);
-        begun(door.knock(at("10.1.0.1"), false, now)).is_in();
+        begun(door.knock(at("10.1.0.1"), false, now)).let_in();
         // Addresses that were only written do not count.
-        begun(door.knock(at("10.0.0.1"), false, now)).is_refused();
+        begun(door.knock(at("10.0.0.1"), false, now)).refuse();
         assert!(matches!(
             door.knock(at("10.0.0.1"), false, now),
             Verdict::Prove
         ));
-        begun(door.knock(at("10.0.0.1"), true, now)).is_in();
+        begun(door.knock(at("10.0.0.1"), true, now)).let_in();
     }
 
     #[test]
@@ -209,14 +209,14 @@ mod tests {
             door.knock(at("10.0.0.1"), true, now),
             Verdict::Ignore
         ));
-        begun(door.knock(at("10.0.0.2"), true, now)).is_in();
+        begun(door.knock(at("10.0.0.2"), true, now)).let_in();
         // All of them fail: that counts for a while.
         drop(guests);
         assert!(matches!(
             door.knock(at("10.0.0.1"), true, now),
             Verdict::Ignore
         ));
-        begun(door.knock(at("10.0.0.1"), true, now + MEMORY * 2)).is_in();
+        begun(door.knock(at("10.0.0.1"), true, now + MEMORY * 2)).let_in();
         let mut ours = (0..MOST_OF_ONE).map(|i| {
             let within = format!("2001:db8::{i:x}");
             begun(door.knock(at(&within), true, now))
@@ -248,7 +248,7 @@ mod tests {
     fn those_who_succeed_are_not_counted() {
         let (door, now) = (Arc::new(Door::default()), Instant::now());
         for _ in 0..10 * MOST_OF_ONE {
-            begun(door.knock(at("10.0.0.1"), true, now)).is_in();
+            begun(door.knock(at("10.0.0.1"), true, now)).let_in();
         }
         assert!(door.books().of_one.is_empty());
     }

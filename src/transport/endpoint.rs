@@ -239,7 +239,7 @@ impl Arrival {
             Ok(Err(error)) => {
                 let error = refusal_or(&verifier, error);
                 if matches!(error, TransportError::UnknownPeer { .. }) {
-                    self.guest.is_refused();
+                    self.guest.refuse();
                 }
                 return Err(error);
             }
@@ -247,7 +247,7 @@ impl Arrival {
         };
         let peer = peer_of(&quic, verifier.trusted())?;
         // From here on it is a peer, whatever it says.
-        self.guest.is_in();
+        self.guest.let_in();
         let hello = Connection::answer(quic, peer, &self.settings.versions);
         timeout_at(deadline, hello)
             .await
