@@ -16,7 +16,7 @@ mod sending;
 mod serving;
 mod window;
 
-pub use window::Window;
+pub use window::{FROZEN_LIMIT, Window};
 
 use super::dump::{Dump, DumpSignal, PreparedDump};
 use super::link::{Link, LinkError};

@@ -9,7 +9,7 @@
 //! Each scan re-arms before its pages are read, so a page written while it is read is dirty again in the next one.
 
 use super::burden::Burden;
-use super::handover::Handover;
+use super::handover::{FROZEN_LIMIT, Handover};
 use super::link::Link;
 use super::preflight::resident_bytes;
 use super::rootfs_copy::RootfsCopyError;
@@ -195,6 +195,13 @@ impl<S: FrameSink> Handover<'_, S> {
             let now = self.burden(verdict.assessment.throughput)?;
             let now = now.time(verdict.assessment.throughput);
             predicted.downtime += now.saturating_sub(std::mem::replace(&mut burden, now));
+            if switch == Switch::PreCopy && predicted.downtime > FROZEN_LIMIT {
+                return Err(RoundsError::Burden(format!(
+                    "the container would stand still for about {} s, and is let go on after {} s: the link carries what it writes too slowly; use --mode post-copy",
+                    predicted.downtime.as_secs(),
+                    FROZEN_LIMIT.as_secs()
+                )));
+            }
             if !self.is_ready()? {
                 // Nothing is gained by sending the same pages again and again meanwhile.
                 self.wait_until_ready()?;

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long the container may stand still before the commit, if twice what was expected is not more.
-pub(super) const FROZEN_LIMIT: Duration = Duration::from_secs(60);
+pub const FROZEN_LIMIT: Duration = Duration::from_secs(60);
 
 /// Between two looks at the clock and at the user's wish.
 const LOOK: Duration = Duration::from_millis(2);
