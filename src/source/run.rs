@@ -444,10 +444,22 @@ fn end_earlier(
         Side::Source => {
             let settled = settle::settle(state_dir, earlier.migration, Duration::ZERO, Some(lock));
             let reason = match settled {
-                Ok(Some(Settled::Unknown { reason } | Settled::Incomplete { reason, .. })) => {
-                    reason
-                }
-                Ok(_) => return Ok(()),
+                Ok(
+                    None
+                    | Some(
+                        Settled::Already
+                        | Settled::Committed
+                        | Settled::RolledBack
+                        | Settled::TakenBack,
+                    ),
+                ) => return Ok(()),
+                Ok(Some(
+                    Settled::Unknown { reason }
+                    | Settled::Incomplete { reason, .. }
+                    | Settled::StandsStill { reason }
+                    | Settled::Held { by: reason },
+                )) => reason,
+                Ok(Some(Settled::Stranded)) => settle::LOST.to_owned(),
                 Err(error) => error.to_string(),
             };
             // It may be about a container that had the name before.
