@@ -85,12 +85,11 @@ fn a_pager_outlives_all_that_is_in_its_agents_cgroup() -> Result<()> {
     let units = cgroup(agent.pid())?;
     let standby = find(&agent, &["pager", "--standby"])?;
     for pid in [pager, standby] {
+        let own = cgroup(pid)?;
         ensure!(
-            units.lines().all(|line| !cgroup(pid)
-                .unwrap_or_default()
-                .lines()
-                .any(|own| own == line)),
-            "process {pid} shares a cgroup with the agent: {units}"
+            !own.lines()
+                .any(|line| units.lines().any(|unit| unit == line)),
+            "process {pid} shares a cgroup with the agent: {own}"
         );
     }
     agent.signal(Signal::SIGKILL)?;
