@@ -10,6 +10,7 @@ use migrate::wire::message::{
     Prestart, Query, Refusal, Refused, Requirements, RolledBack, RootfsMode, RoundEnd,
     RoundReceived, SpaceOwner, SpacesEnded, StdStream,
 };
+use migrate::wire::message::shared::{Digest, Proof, Shared};
 use migrate::wire::peer_error::PeerError;
 use migrate_fuzz::write_seeds;
 
@@ -49,6 +50,13 @@ fn messages() -> Vec<Message> {
         rootfs: RootfsMode::Shared,
         shared_rootfs: Some("/srv/web".parse().expect("a path")),
         bind_sources: vec!["/srv/data".parse().expect("a path")],
+        shared: vec![Shared {
+            path: "/srv/web".parse().expect("a path"),
+            real: "/srv/web".parse().expect("a path"),
+            proof: Proof::Content {
+                sha256: Digest::from_bytes([3; 32]),
+            },
+        }],
         page_streams: 4,
     };
     vec![
