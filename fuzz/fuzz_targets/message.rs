@@ -4,13 +4,13 @@
 use libfuzzer_sys::fuzz_target;
 use migrate::memory::SpaceId;
 use migrate::wire::id::{JournalId, MigrationId};
+use migrate::wire::message::shared::{Digest, Proof, Shared};
 use migrate::wire::message::{
     Abort, Accepted, Arch, Begin, CgroupVersion, Commit, Committed, CriuVersion, Fate, Filled,
     HEADER_LEN, Header, ImageFile, MAX_BODY, Manifest, Message, Outcome, PeerText, Prepared,
     Prestart, Query, Refusal, Refused, Requirements, RolledBack, RootfsMode, RoundEnd,
     RoundReceived, SpaceOwner, SpacesEnded, StdStream,
 };
-use migrate::wire::message::shared::{Digest, Proof, Shared};
 use migrate::wire::peer_error::PeerError;
 use migrate_fuzz::write_seeds;
 

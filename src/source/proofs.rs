@@ -5,8 +5,8 @@
 
 use super::host_mounts::{Place, Provable};
 use crate::migration::MigrationId;
-use crate::wire::path::AbsolutePath;
 use crate::wire::message::shared::{Digest, PROOF_PREFIX, Proof, Secret, Shared};
+use crate::wire::path::AbsolutePath;
 use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, flock, fsync, openat, unlinkat};
 use sha2::{Digest as _, Sha256};
 use std::fs::{self, File};
