@@ -4,6 +4,7 @@
 use libfuzzer_sys::fuzz_target;
 use migrate::memory::SpaceId;
 use migrate::wire::id::{JournalId, MigrationId};
+use migrate::wire::message::shared::{Digest, Proof, Shared};
 use migrate::wire::message::{
     Abort, Accepted, Arch, Begin, CgroupVersion, Commit, Committed, CriuVersion, Fate, Filled,
     HEADER_LEN, Header, ImageFile, MAX_BODY, Manifest, Message, Outcome, PeerText, Prepared,
@@ -49,6 +50,13 @@ fn messages() -> Vec<Message> {
         rootfs: RootfsMode::Shared,
         shared_rootfs: Some("/srv/web".parse().expect("a path")),
         bind_sources: vec!["/srv/data".parse().expect("a path")],
+        shared: vec![Shared {
+            path: "/srv/web".parse().expect("a path"),
+            real: "/srv/web".parse().expect("a path"),
+            proof: Proof::Content {
+                sha256: Digest::from_bytes([3; 32]),
+            },
+        }],
         page_streams: 4,
     };
     vec![

@@ -6,6 +6,7 @@
 use super::host_mounts::{Place, Provable};
 use crate::migration::MigrationId;
 use crate::wire::message::shared::{Digest, PROOF_PREFIX, Proof, Secret, Shared};
+use crate::wire::path::AbsolutePath;
 use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, flock, fsync, openat, unlinkat};
 use sha2::{Digest as _, Sha256};
 use std::fs::{self, File};
@@ -73,7 +74,7 @@ impl Proofs {
         let mut shared = Vec::new();
         let mut files = Vec::new();
         for place in places {
-            let named = |path: &Path| {
+            let named = |path: &Path| -> Result<AbsolutePath, ProofError> {
                 let name = path.to_str().and_then(|path| path.parse().ok());
                 name.ok_or_else(|| ProofError::Name(path.to_path_buf()))
             };
@@ -114,8 +115,7 @@ impl Proofs {
         };
         fs::create_dir_all(path.parent().unwrap_or(Path::new("/"))).map_err(failed)?;
         let mut record = File::create_new(&path).map_err(failed)?;
-        flock(&record, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|errno| failed(errno.into()))?;
+        flock(&record, FlockOperation::LockExclusive).map_err(|errno| failed(errno.into()))?;
         let mut text = Vec::new();
         for (_, file, _) in files {
             text.extend_from_slice(file.as_os_str().as_bytes());
@@ -150,6 +150,8 @@ pub fn sweep(state_dir: &Path) {
         let mut text = Vec::new();
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err()
             || file.read_to_end(&mut text).is_err()
+            // Its owner has not come to write it yet.
+            || text.is_empty()
         {
             continue;
         }
