@@ -108,7 +108,7 @@ struct Migration {
     /// How to compress pages: auto, none, lz4 or zstd
     #[arg(long, value_name = "CODEC", default_value = "auto")]
     compress: Compression,
-    /// How long the whole migration may take: seconds, or 10m, 2h
+    /// How long the whole migration may take: seconds, or 10m, 2h; what would not keep the downtime limit then rolls back
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = timeout)]
     timeout: Duration,
     /// How long post-copy waits for a lost link: seconds, or 10m

@@ -16,6 +16,9 @@
 //! | 4 | the [`forecast`] says that no number of rounds will make the delta fit   | freeze as post-copy: `Outrun`              |
 //! | 5 | otherwise                                                                | another round                              |
 //!
+//! A freeze that would keep neither the downtime limit nor the total-time limit is none: the move rolls back. What is left then
+//! takes as long in another round as in the freeze, so there is no time for one either.
+//!
 //! `pre-copy` freezes as pre-copy wherever rule 1 or `convergence` ends the rounds, `hybrid` as post-copy there.
 //!
 //! # What is estimated
@@ -71,6 +74,8 @@ pub enum Course {
         /// What becomes of the pages that are left.
         switch: Switch,
     },
+    /// Roll back: no time is left in which the downtime limit could be kept.
+    GiveUp,
 }
 
 /// A decision and what it rests on.
@@ -157,6 +162,10 @@ pub fn decide(mode: Mode, seen: &Seen, limits: &Limits) -> Verdict {
         } => post,
         _ => pre,
     };
+    let course = match course {
+        Course::Freeze { .. } if seen.is_too_late(&predicted, limits) => Course::GiveUp,
+        course => course,
+    };
     Verdict {
         course,
         predicted,
@@ -186,6 +195,12 @@ impl Seen<'_> {
         self.rounds
             .last()
             .map_or(self.memory, |last| last.pages_left)
+    }
+
+    /// Whether a freeze would keep neither the downtime limit nor the one for the whole time.
+    fn is_too_late(&self, predicted: &Prediction, limits: &Limits) -> bool {
+        predicted.downtime > limits.downtime
+            && self.elapsed.saturating_add(predicted.downtime) > limits.timeout
     }
 
     fn pre_copy(&self, assessment: &Assessment) -> Prediction {

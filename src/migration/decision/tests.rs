@@ -213,6 +213,54 @@ fn auto_owes_the_rest_where_only_that_keeps_the_total_time_limit() {
 }
 
 #[test]
+fn a_freeze_that_would_keep_neither_limit_is_none() {
+    let round = RoundMeasured {
+        pages_sent: 30_000,
+        zero_pages: 0,
+        bytes_sent: 30_000 * 4096,
+        duration: Duration::from_secs(1),
+        sending: Duration::from_secs(1),
+        pages_dirty: 30_000,
+        pages_again: 30_000,
+        pages_before: 30_000,
+        pages_left: 30_000,
+        sample: false,
+    };
+    // 30 000 pages a second are sent, and as many dirtied: a freeze costs 1.12 s whenever it comes.
+    let course = |mode, timeout_ms| {
+        let seen = Seen {
+            rounds: &[round, round],
+            memory: 30_000,
+            elapsed: Duration::from_secs(2),
+            fixed_downtime: FIXED,
+            round_trip: ROUND_TRIP,
+        };
+        let limits = Limits {
+            timeout: Duration::from_millis(timeout_ms),
+            ..LIMITS
+        };
+        decide(mode, &seen, &limits).course
+    };
+    assert_eq!(course(Mode::PreCopy, 3_100), Course::GiveUp);
+    let frozen = course(Mode::PreCopy, 3_200);
+    assert!(matches!(frozen, Course::Freeze { .. }), "{frozen:?}");
+    for mode in [Mode::Hybrid, Mode::Auto] {
+        let owed = course(mode, 2_500);
+        let post_copy = matches!(
+            owed,
+            Course::Freeze {
+                switch: Switch::PostCopy,
+                ..
+            }
+        );
+        assert!(
+            post_copy,
+            "{mode:?}: post-copy keeps the downtime limit, {owed:?}"
+        );
+    }
+}
+
+#[test]
 fn a_hot_set_that_fits_the_limit_is_sent_once_in_the_freeze() {
     let pattern = Pattern {
         rate: |_| 4.0,
