@@ -96,6 +96,9 @@ fn source_end(state_dir: &Path, migration: MigrationId) -> Option<End> {
         Ok(Some(Settled::Already)) => return None,
         Ok(Some(Settled::Committed)) => End::Moved,
         Ok(Some(Settled::RolledBack)) => End::RolledBack,
+        Ok(Some(Settled::StandsStill { reason })) => End::Stuck(format!(
+            "rolled back, and the container does not go on: {reason}"
+        )),
         Ok(Some(Settled::Unknown { reason })) => End::Unknown(reason),
         Ok(Some(Settled::Incomplete { reason, .. })) => End::Incomplete(reason),
         Err(error) => End::Stuck(error.to_string()),

@@ -1,5 +1,6 @@
 //! Stopping every task of a container at once, by its cgroup.
 
+use super::tasks_of_cgroup;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -30,15 +31,40 @@ pub enum FreezeError {
         source: io::Error,
     },
     /// Some task did not stop.
-    #[error(
-        "the container in {path} is not frozen after {waited:?}: a task does not stop (D state?)"
-    )]
+    #[error("the container is not frozen after {waited:?}: {who}")]
     Timeout {
-        /// The cgroup.
-        path: PathBuf,
         /// How long was waited.
         waited: Duration,
+        /// Which process did not stop, as far as can be told.
+        who: String,
     },
+    /// It was frozen before, by somebody else.
+    #[error("the container is frozen already: it was paused meanwhile")]
+    Paused,
+    /// It was no longer wanted.
+    #[error("the freeze was called off")]
+    CalledOff,
+}
+
+/// What a freezer says of its cgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FreezerState {
+    /// Everything runs.
+    Thawed,
+    /// Some tasks have not stopped yet.
+    Freezing,
+    /// Everything stands still.
+    Frozen,
+}
+
+impl std::fmt::Display for FreezerState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            FreezerState::Thawed => "thawed",
+            FreezerState::Freezing => "freezing",
+            FreezerState::Frozen => "frozen",
+        })
+    }
 }
 
 /// A container is frozen while this lives: dropping it thaws, unless it was given away.
@@ -64,10 +90,14 @@ impl Freezer {
         }
     }
 
-    /// Stops every task and waits until all have stopped.
+    /// Stops every task and waits until all have stopped, or `called_off` says that nobody wants it any more.
     ///
     /// On failure the container is running again.
-    pub fn freeze(&self, patience: Duration) -> Result<Frozen, FreezeError> {
+    pub fn freeze(
+        &self,
+        patience: Duration,
+        mut called_off: impl FnMut() -> bool,
+    ) -> Result<Frozen, FreezeError> {
         let frozen = Frozen {
             freezer: self.clone(),
             armed: true,
@@ -75,10 +105,14 @@ impl Freezer {
         self.request_freeze()?;
         let start = Instant::now();
         while !self.is_frozen()? {
+            if called_off() {
+                return Err(FreezeError::CalledOff);
+            }
             if start.elapsed() > patience {
+                drop(frozen);
                 return Err(FreezeError::Timeout {
-                    path: self.path().to_path_buf(),
                     waited: patience,
+                    who: self.who_does_not_stop(),
                 });
             }
             thread::sleep(Duration::from_micros(100));
@@ -88,16 +122,61 @@ impl Freezer {
 
     /// Whether every task has stopped.
     pub fn is_frozen(&self) -> Result<bool, FreezeError> {
-        let (file, frozen) = match self {
-            Freezer::V1(path) => (path.join("freezer.state"), "FROZEN"),
-            Freezer::V2(path) => (path.join("cgroup.events"), "frozen 1"),
+        Ok(self.state()? == FreezerState::Frozen)
+    }
+
+    /// What the cgroup is in. A cgroup that is gone has nothing frozen.
+    pub fn state(&self) -> Result<FreezerState, FreezeError> {
+        match self {
+            Freezer::V1(path) => Ok(match self.read(&path.join("freezer.state"))?.trim() {
+                "FROZEN" => FreezerState::Frozen,
+                "FREEZING" => FreezerState::Freezing,
+                _ => FreezerState::Thawed,
+            }),
+            Freezer::V2(path) => {
+                let events = self.read(&path.join("cgroup.events"))?;
+                if events.lines().any(|line| line == "frozen 1") {
+                    return Ok(FreezerState::Frozen);
+                }
+                Ok(match self.read(&path.join("cgroup.freeze"))?.trim() {
+                    "1" => FreezerState::Freezing,
+                    _ => FreezerState::Thawed,
+                })
+            }
+        }
+    }
+
+    fn read(&self, file: &Path) -> Result<String, FreezeError> {
+        match fs::read_to_string(file) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(FreezeError::File {
+                doing: "read the state",
+                path: file.to_path_buf(),
+                source,
+            }),
+            text => Ok(text.unwrap_or_default()),
+        }
+    }
+
+    /// The process that keeps a freezer waiting, looked for after the thaw: while it freezes, every stopped task looks like
+    /// one that cannot be stopped.
+    fn who_does_not_stop(&self) -> String {
+        const LOOKS: usize = 20;
+        let Ok(tasks) = tasks_of_cgroup(self.path()) else {
+            return "its processes cannot be listed".into();
         };
-        let text = fs::read_to_string(&file).map_err(|source| FreezeError::File {
-            doing: "read the state",
-            path: file,
-            source,
-        })?;
-        Ok(text.lines().any(|line| line == frozen))
+        let stuck = tasks.iter().find(|task| {
+            (0..LOOKS).all(|look| {
+                thread::sleep(Duration::from_millis(if look == 0 { 0 } else { 5 }));
+                is_uninterruptible(task.pid)
+            })
+        });
+        match stuck {
+            Some(task) => format!(
+                "process {} in it does not stop, it waits in the kernel for a disk or a device (D state)",
+                task.vpid
+            ),
+            None => "a process in it did not stop in time".into(),
+        }
     }
 
     /// Lets the tasks go on. A cgroup that is gone has nothing to thaw.
@@ -145,4 +224,14 @@ impl Drop for Frozen {
             tracing::error!(%error, "the container stays frozen");
         }
     }
+}
+
+/// Whether a thread of the process waits uninterruptibly.
+fn is_uninterruptible(pid: i32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    threads.into_iter().flatten().flatten().any(|thread| {
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        let state = stat.rsplit_once(") ").map(|(_, rest)| rest.as_bytes());
+        state.and_then(|state| state.first()) == Some(&b'D')
+    })
 }

@@ -5,7 +5,8 @@ pub mod cpu_quota;
 mod freezer;
 pub mod home;
 pub mod runc;
+pub mod stopped;
 mod task;
 
-pub use freezer::{FreezeError, Freezer, Frozen};
+pub use freezer::{FreezeError, Freezer, FreezerState, Frozen};
 pub use task::{Task, tasks_of_cgroup};

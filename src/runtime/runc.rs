@@ -97,7 +97,8 @@ impl Runc {
     /// runc with the state directory `root`.
     pub fn new(root: &Path) -> Runc {
         Runc {
-            root: root.to_path_buf(),
+            // runc may be started in another directory.
+            root: std::path::absolute(root).unwrap_or_else(|_| root.to_path_buf()),
         }
     }
 

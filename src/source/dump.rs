@@ -9,6 +9,8 @@
 //!  Held      go: CRIU kills the tasks     refuse: CRIU resumes them
 //! ```
 
+use super::dump_processes::DumpProcesses;
+use super::handover::Window;
 use crate::criu::binary::Criu;
 use crate::criu::environment::Environment;
 use crate::criu::hook::{HookPoint, HookServer, WaitingHook};
@@ -16,6 +18,7 @@ use crate::criu::kernel_cache::{KernelCache, Skeleton};
 use crate::criu::options::{NetworkLock, Options};
 use crate::criu::skeleton::{self, Claim};
 use crate::kernel::pagemap::ScanError;
+use crate::runtime::Task;
 use crate::runtime::runc::{Container, Runc};
 use std::fs::{self, File};
 use std::io;
@@ -42,6 +45,9 @@ pub enum DumpSignal {
 /// The runtime's standard error, which CRIU inherits.
 const STDERR: &str = "runtime.err";
 
+/// How long a killed process may take to be gone.
+const DEATH_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Why a dump could not be driven.
 #[derive(Debug, Error)]
 pub enum DumpError {
@@ -53,6 +59,9 @@ pub enum DumpError {
         /// The system's reason.
         source: io::Error,
     },
+    /// The container would have to stand still for it for too long, or the user wants to stop.
+    #[error("this host's disk does not take CRIU's directory in time")]
+    GivenUp,
     /// The tasks cannot be made to look unwritten.
     #[error(transparent)]
     ForgetWrites(#[from] ScanError),
@@ -75,6 +84,7 @@ pub struct PreparedDump {
 #[derive(Debug)]
 pub struct Dump {
     child: Child,
+    processes: DumpProcesses,
     prepared: PreparedDump,
 }
 
@@ -102,6 +112,8 @@ impl PreparedDump {
             let path = directory.join(name);
             fs::create_dir(&path).map_err(at(&path))?;
         }
+        // Its processes work below it, and are known by that.
+        let directory = &fs::canonicalize(directory).map_err(at(directory))?;
         let gate = Arc::new(Gate::default());
         let at_gate = Arc::clone(&gate);
         let hooks = HookServer::start(program, directory, journal, signals.clone(), move |hook| {
@@ -148,13 +160,19 @@ impl PreparedDump {
             // What CRIU says before it has a log, such as of an option it does not know, goes there.
             .stderr(File::create(self.directory.join(STDERR)).map_err(DumpError::Start)?)
             // What the terminal kills us with must not kill a dump that is half done.
-            .process_group(0);
+            .process_group(0)
+            .current_dir(self.directory.join("work"));
         self.environment
             .apply(&mut command)
             .map_err(DumpError::Start)?;
         let child = command.spawn().map_err(DumpError::Start)?;
+        let pid = child.id().cast_signed();
+        // A child that nobody has waited for is there, if only as a zombie.
+        let runtime = Task::read(pid).map_err(DumpError::Start)?;
+        let runtime = runtime.unwrap_or_else(|| Task::on_record(pid, 0));
         Ok(Dump {
             child,
+            processes: DumpProcesses::new(runtime, &self.directory),
             prepared: self,
         })
     }
@@ -169,16 +187,21 @@ impl Dump {
     /// Writes the synthetic parent for these frozen processes and lets CRIU begin.
     ///
     /// Where CRIU looks at soft-dirty bits they are cleared first: a soft-dirty tracker must have read them.
-    pub fn let_look(&self, claims: &[Claim]) -> Result<(), DumpError> {
-        if self.prepared.skeleton.works() {
-            let parent = self.prepared.directory.join("parent");
-            skeleton::write_parent(&parent, claims).map_err(|source| DumpError::Prepare {
-                path: parent,
-                source,
-            })?;
-        }
+    pub(super) fn let_look(
+        &self,
+        claims: Vec<Claim>,
+        window: &Window<'_>,
+    ) -> Result<(), DumpError> {
         if self.prepared.skeleton == Skeleton::Native {
-            skeleton::forget_writes(claims)?;
+            skeleton::forget_writes(&claims)?;
+        }
+        if self.prepared.skeleton.works() {
+            let path = self.prepared.directory.join("parent");
+            let parent = path.clone();
+            let written = window.apart(move || skeleton::write_parent(&parent, &claims));
+            written
+                .ok_or(DumpError::GivenUp)?
+                .map_err(|source| DumpError::Prepare { path, source })?;
         }
         self.prepared.gate.open(true);
         Ok(())
@@ -204,19 +227,33 @@ impl Dump {
         self.child.try_wait()
     }
 
-    /// Waits for the runtime to end; after `patience` it is killed. Without a dump nothing holds the tasks.
-    pub fn wait(&mut self, patience: Duration) -> io::Result<ExitStatus> {
-        let deadline = Instant::now() + patience;
-        loop {
-            if let Some(status) = self.child.try_wait()? {
-                return Ok(status);
-            }
+    /// All its processes.
+    pub fn processes(&self) -> &DumpProcesses {
+        &self.processes
+    }
+
+    /// Grows while CRIU gets on.
+    pub fn progress(&self) -> u64 {
+        let log = self.prepared.directory.join("work/dump.log");
+        fs::metadata(log).map_or(0, |log| log.len())
+    }
+
+    /// Waits for the runtime to end; after `patience` it and CRIU are killed, and waited for no longer. Without a dump nothing
+    /// holds the tasks.
+    pub fn wait(&mut self, patience: Duration) -> io::Result<()> {
+        let mut deadline = Instant::now() + patience;
+        let mut killed = false;
+        while self.child.try_wait()?.is_none() {
             if Instant::now() > deadline {
-                self.child.kill()?;
-                return self.child.wait();
+                if killed {
+                    return Err(io::Error::other("it was killed and does not die"));
+                }
+                self.processes.kill();
+                (killed, deadline) = (true, Instant::now() + DEATH_PATIENCE);
             }
             thread::sleep(Duration::from_micros(500));
         }
+        Ok(())
     }
 
     /// What CRIU, or else the runtime, said went wrong.

@@ -72,6 +72,10 @@ pub fn watch(state_dir: &Path, migration: MigrationId) {
             Ok(Some(Settled::Unknown { reason })) => {
                 tracing::warn!(%reason, "the outcome is still unknown, asking on")
             }
+            Ok(Some(Settled::StandsStill { reason })) => {
+                tracing::error!(%reason, "the container does not go on, trying on");
+                thread::sleep(settle::PAUSE);
+            }
             Ok(Some(Settled::Incomplete {
                 reason,
                 patience,

@@ -11,9 +11,13 @@
 
 mod ending;
 mod frozen;
+mod records;
+mod sending;
 mod serving;
+mod window;
 
 pub use frozen::mapped_files;
+pub use window::Window;
 
 use super::dump::{Dump, DumpSignal, PreparedDump};
 use super::link::{Link, LinkError};
@@ -42,17 +46,16 @@ use crate::source::rootfs::FileId;
 use crate::transport::TransportError;
 use crate::wire::message::{self, Message};
 use crate::wire::peer_error::PeerError;
+use records::Records;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
+use window::Over;
 
 /// How long the freezer may take: longer means a task in uninterruptible sleep.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
-
-/// How long the container may stand still before the attempt is given up, whatever the cause.
-const FROZEN_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long a CRIU that should let go may take.
 const CRIU_PATIENCE: Duration = Duration::from_secs(20);
@@ -65,6 +68,12 @@ const ABORT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long the news that the last page is in its place is waited for.
 const FILL_PATIENCE: Duration = Duration::from_secs(120);
+
+/// How long the target may take to take a message; its answer is another matter.
+const SAY_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a record that nothing waits for may take.
+const RECORD_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What reaches the handover from outside.
 #[derive(Debug)]
@@ -88,7 +97,7 @@ pub struct Handover<'a, S> {
     /// The container.
     pub container: &'a Container,
     /// The source's journal of this migration.
-    pub journal: Journal,
+    pub journal: Records,
     /// The connection to the target.
     pub link: Option<Link>,
     /// What comes from outside.
@@ -127,6 +136,7 @@ pub struct Handover<'a, S> {
     pub slowing: Option<Slowing>,
     /// What share of its CPU time the container was left at the slowest, in per cent; `None` if it was not slowed.
     pub slowed: Option<u32>,
+    window: Window<'a>,
     cancel_heard: bool,
     dump_at_gate: bool,
     rounds_received: u32,
@@ -135,6 +145,10 @@ pub struct Handover<'a, S> {
     dump: Option<Dump>,
     hold: Option<WaitingHook>,
     frozen: Option<Frozen>,
+    /// Somebody paused the container before it could be frozen: it is not for us to thaw.
+    paused: bool,
+    /// Processes that job control had stopped before the freeze.
+    stopped: Vec<Task>,
     scans: Vec<SpaceScan>,
     held_back: BTreeMap<SpaceId, PageSet>,
     /// Dirty pages that wait for the dump to say whether they can be owed.
@@ -182,6 +196,10 @@ pub struct Ended {
     pub bytes_owed: u64,
     /// What stayed behind and why, if ending it was not clean.
     pub untidy: Option<String>,
+    /// Why the container could not be seen to go on, though it should.
+    pub stands_still: Option<String>,
+    /// The container ended by itself before it could go on.
+    pub gone: bool,
 }
 
 impl<'a, S: FrameSink> Handover<'a, S> {
@@ -214,7 +232,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             mode,
             runc,
             container,
-            journal,
+            journal: Records::new(journal),
             link: Some(link),
             signals,
             sender: Some(sender),
@@ -233,6 +251,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             switch: Switch::PreCopy,
             slowing: None,
             slowed: None,
+            window: Window::closed(cancelled),
             cancel_heard: false,
             dump_at_gate: false,
             rounds_received: 0,
@@ -241,6 +260,8 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             dump: None,
             hold: None,
             frozen: None,
+            paused: false,
+            stopped: Vec::new(),
             scans: Vec::new(),
             held_back: BTreeMap::new(),
             put_off: BTreeMap::new(),
@@ -313,7 +334,10 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             return Some(event);
         }
         if self.began.elapsed() > self.plan.timeout {
-            self.because(format!("not done within {:?}", self.plan.timeout));
+            self.because(format!(
+                "not done within {:?} (--timeout)",
+                self.plan.timeout
+            ));
             return Some(SourceEvent::Timeout);
         }
         self.dump_failed()
@@ -345,11 +369,23 @@ impl<'a, S: FrameSink> Handover<'a, S> {
     }
 
     /// Freezes, sends the rest or owes it, hands over: returns when the outcome is known, or nobody can tell.
-    pub fn hand_over(mut self, round: u32, switch: Switch) -> (SourceState, Ended, Timeline) {
+    /// `expected` is the downtime that was announced.
+    pub fn hand_over(
+        mut self,
+        round: u32,
+        switch: Switch,
+        expected: Duration,
+    ) -> (SourceState, Ended, Timeline) {
         // At full speed again: a task that has used up its quota would keep the freezer, and then CRIU, waiting.
         self.slowing = None;
         self.round = round;
         self.switch = switch;
+        self.window = self.window.open(window::limit(
+            expected,
+            self.plan.timeout,
+            self.began.elapsed(),
+            self.plan.downtime_limit,
+        ));
         self.queue.push_back(SourceEvent::FreezeOrdered);
         self.run_to_the_end()
     }
@@ -463,21 +499,32 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             {
                 return event;
             }
-            let frozen_since = self.timeline.at(Mark::FreezeBegan);
-            let patience = FROZEN_PATIENCE;
-            if frozen_since
-                .is_some_and(|since| self.began.elapsed().saturating_sub(since) > patience)
-                && !matches!(
-                    self.course.state(),
-                    SourceState::Unknown | SourceState::Serving
-                )
-            {
-                self.because(format!(
-                    "the container stood still for {patience:?} in state {:?}",
-                    self.course.state()
-                ));
-                return SourceEvent::Timeout;
+            if let Some(event) = self.stood_still_too_long() {
+                return event;
             }
+        }
+    }
+
+    fn stood_still_too_long(&mut self) -> Option<SourceEvent> {
+        let state = self.course.state();
+        match (self.window.over(), state) {
+            (_, SourceState::Unknown | SourceState::Serving) => None,
+            // The target's word is on its way, and the only thing that counts.
+            (Some(_), SourceState::CommitSent) => {
+                let since = self.timeline.at(Mark::CommitSent)?;
+                let waited = self.began.elapsed().saturating_sub(since);
+                (waited > window::FROZEN_LIMIT).then(|| {
+                    self.because(format!("no answer to commit within {waited:?}"));
+                    SourceEvent::Timeout
+                })
+            }
+            (Some(Over::Late(limit)), _) => {
+                self.because(format!(
+                    "the container stood still for {limit:.1?}, longer than it may before the commit (in state {state:?})"
+                ));
+                Some(SourceEvent::Timeout)
+            }
+            (Some(Over::Cancelled) | None, _) => None,
         }
     }
 
@@ -615,7 +662,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
     }
 
     fn record(&mut self, record: &Record) -> SourceEvent {
-        match self.journal.append(record) {
+        match self.journal.append_within(record, &self.window) {
             Ok(()) => SourceEvent::RecordWritten,
             Err(error) => {
                 self.because(error.to_string());
@@ -626,7 +673,10 @@ impl<'a, S: FrameSink> Handover<'a, S> {
 
     /// A record after the outcome: nothing waits for it, recovery can do without.
     fn note_record(&mut self, record: &Record) -> Option<SourceEvent> {
-        match self.journal.append(record) {
+        match self
+            .journal
+            .append_within(record, &in_time(RECORD_PATIENCE))
+        {
             Ok(()) => None,
             Err(error) => {
                 tracing::warn!(%error, "the outcome is not on record here");
@@ -640,7 +690,7 @@ impl<'a, S: FrameSink> Handover<'a, S> {
         (self.emit)(Event::CommitSent);
         let said = match &mut self.link {
             Some(link) => link
-                .say(message::Commit {})
+                .say_within(message::Commit {}, &in_time(SAY_PATIENCE))
                 .map_err(|error| error.to_string()),
             None => Err("the connection to the target is gone".into()),
         };
@@ -678,13 +728,17 @@ impl<'a, S: FrameSink> Handover<'a, S> {
         &mut self,
         step: impl FnOnce(&mut Self) -> Result<(), String>,
     ) -> Option<SourceEvent> {
-        step(self).err().map(|reason| {
+        let reason = step(self).err()?;
+        tracing::debug!(%reason, "a step failed");
+        // What failed because it was given up is not the reason for giving up.
+        let wanted = self.heard_cancel().or_else(|| self.stood_still_too_long());
+        Some(wanted.unwrap_or_else(|| {
             self.because(reason);
             SourceEvent::LocalFailure
-        })
+        }))
     }
 
-    fn because(&mut self, reason: String) {
+    pub(super) fn because(&mut self, reason: String) {
         tracing::info!(state = ?self.course.state(), %reason, "a step failed");
         self.ended.reason.get_or_insert(reason);
     }
@@ -694,4 +748,10 @@ impl<'a, S: FrameSink> Handover<'a, S> {
             tracing::error!(%error, "the report's times are incomplete");
         }
     }
+}
+
+/// A wait after the container has been given back, which nobody can cancel and only time ends.
+fn in_time(patience: Duration) -> Window<'static> {
+    static NEVER: AtomicBool = AtomicBool::new(false);
+    Window::closed(&NEVER).open(patience)
 }

@@ -2,6 +2,7 @@
 //!
 //! Everything async stays on the transport's own thread; what the target says arrives as signals among all others.
 
+use super::handover::Window;
 use crate::migration::PeerAddress;
 use crate::transport::{
     BlockingStream, Connection, Connector, Control, ControlSender, IdentityError, PageQueue, Peer,
@@ -43,6 +44,9 @@ pub enum LinkError {
     /// The transport's thread could not be started.
     #[error("cannot start the transport's thread: {0}")]
     Thread(#[source] io::Error),
+    /// It took longer than the container may stand still, or the user wants to stop.
+    #[error("the target did not take what was sent in time")]
+    GivenUp,
     /// A file to send cannot be read.
     #[error("cannot send {path}: {source}")]
     File {
@@ -118,6 +122,35 @@ impl Link {
         Ok(self.thread.handle().block_on(said)?)
     }
 
+    /// As [`say`](Link::say), as long as it may take.
+    pub(super) fn say_within(
+        &mut self,
+        message: impl Into<Message>,
+        window: &Window<'_>,
+    ) -> Result<(), LinkError> {
+        let said = self.control.send(message);
+        let said = self.thread.handle().block_on(async {
+            tokio::select! {
+                said = said => Ok(said?),
+                () = window.end() => Err(LinkError::GivenUp),
+            }
+        });
+        self.broken_if_given_up(said)
+    }
+
+    /// Half of what was to be sent may be on its stream: the target must not take what follows for the rest.
+    fn broken_if_given_up<T>(&self, sent: Result<T, LinkError>) -> Result<T, LinkError> {
+        if matches!(sent, Err(LinkError::GivenUp)) {
+            self.break_off();
+        }
+        sent
+    }
+
+    /// Ends the connection at once: whoever waits to send over it fails.
+    pub(super) fn break_off(&self) {
+        self.connection.close(PeerError::SourceAborted);
+    }
+
     /// Opens the page streams.
     pub fn page_queues(&self, streams: u16) -> Result<Vec<PageQueue>, LinkError> {
         (0..streams)
@@ -141,10 +174,24 @@ impl Link {
         Ok(BlockingStream::new(send, receive, self.connection.clone()))
     }
 
-    /// Sends files out of a directory, and returns how many bytes they have.
-    pub fn send_files(&self, directory: &Path, names: &[RelativePath]) -> Result<u64, LinkError> {
-        let runtime = self.thread.handle();
-        let mut stream = runtime.block_on(self.connection.open_files(0))?;
+    /// Sends files out of a directory, as long as it may take, and returns how many bytes they have.
+    pub(super) fn send_files(
+        &self,
+        directory: &Path,
+        names: &[RelativePath],
+        window: &Window<'_>,
+    ) -> Result<u64, LinkError> {
+        let sent = self.thread.handle().block_on(async {
+            tokio::select! {
+                sent = self.send_all(directory, names) => sent,
+                () = window.end() => Err(LinkError::GivenUp),
+            }
+        });
+        self.broken_if_given_up(sent)
+    }
+
+    async fn send_all(&self, directory: &Path, names: &[RelativePath]) -> Result<u64, LinkError> {
+        let mut stream = self.connection.open_files(0).await?;
         let mut total = 0;
         for name in names {
             let path = directory.join(name.as_str());
@@ -160,12 +207,10 @@ impl Link {
             };
             if size <= SMALL_FILE {
                 let content = Bytes::from(fs::read(&path).map_err(failed)?);
-                runtime.block_on(stream.send_bytes(&header, content))?;
+                stream.send_bytes(&header, content).await?;
             } else {
-                let opened = runtime
-                    .block_on(tokio::fs::File::open(&path))
-                    .map_err(failed)?;
-                runtime.block_on(stream.send(&header, opened))?;
+                let opened = tokio::fs::File::open(&path).await.map_err(failed)?;
+                stream.send(&header, opened).await?;
             }
             total += size;
         }

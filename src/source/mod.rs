@@ -11,6 +11,8 @@
 //! ```
 
 pub mod dump;
+pub mod dump_processes;
+pub mod going_on;
 pub mod guard;
 pub mod handover;
 pub mod link;

@@ -3,6 +3,7 @@
 //! Every finding that forbids the move is one line that says what is wrong and what to do. The target looks at the
 //! [`Requirements`] in its turn.
 
+use super::going_on::{traced_by, tracer_of};
 use crate::criu::binary::Criu;
 use crate::kernel::ptrace::living_thread;
 use crate::migration::event::{Finding, Verdict};
@@ -284,6 +285,9 @@ fn check_open_files(
                 "process {} in container {} goes on without its first thread, which CRIU cannot dump: end it first",
                 task.vpid, container.id
             ));
+        }
+        if let Some(tracer) = tracer_of(task.pid) {
+            refusals.push(traced_by(task.vpid, &container.id, tracer));
         }
         let process = PathBuf::from(format!("/proc/{}", task.pid));
         let Ok(mountinfo) = fs::read_to_string(process.join("mountinfo")) else {

@@ -17,6 +17,9 @@ use thiserror::Error;
 /// How long killed tasks may take to be gone: freeing memory costs about 80 ms per GiB.
 const DEATH_PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long a command on the packet filter may take.
+const NFT_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Why a migration could not be ended cleanly.
 #[derive(Debug, Error)]
 pub enum RemainsError {
@@ -180,7 +183,24 @@ fn nft(namespace: &Path, arguments: &[&str]) -> Result<String, String> {
         .arg("nft")
         .args(arguments)
         .stdin(Stdio::null());
-    let output = command.output().map_err(|error| error.to_string())?;
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(|error| error.to_string())?;
+    // A container stands still for it. What it prints fits into its pipes.
+    let deadline = Instant::now() + NFT_PATIENCE;
+    while child
+        .try_wait()
+        .map_err(|error| error.to_string())?
+        .is_none()
+    {
+        if Instant::now() > deadline {
+            let _ = child.kill();
+            return Err(format!("nft does not end within {NFT_PATIENCE:?}"));
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    let output = child
+        .wait_with_output()
+        .map_err(|error| error.to_string())?;
     if output.status.success() {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     } else {

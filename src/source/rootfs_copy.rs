@@ -1,15 +1,19 @@
 //! Copying the root filesystem on a thread of its own, beside the rounds and beside the dump.
 
+use super::handover::Window;
 use super::rootfs::{FileId, RootfsSource, SourceError, Summary};
 use crate::migration::event::Event;
 use crate::transport::BlockingStream;
 use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use thiserror::Error;
+
+/// Between two looks whether a pass is still wanted.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// Why a pass over the root filesystem failed.
 #[derive(Debug, Error)]
@@ -20,6 +24,9 @@ pub enum RootfsCopyError {
     /// The thread could not be started.
     #[error("cannot start copying the root filesystem: {0}")]
     Thread(#[source] io::Error),
+    /// The container would have to stand still for it for too long, or the user wants to stop.
+    #[error("the target did not take the container's files in time")]
+    GivenUp,
     /// The thread has ended before.
     #[error("copying the root filesystem ended before")]
     Ended,
@@ -81,10 +88,23 @@ impl RootfsCopy {
         self.orders.send(mapped).map_err(|_| RootfsCopyError::Ended)
     }
 
-    /// Waits for the pass begun last.
-    pub fn finish_pass(&mut self) -> Result<(Summary, Duration), RootfsCopyError> {
-        self.busy = false;
-        Ok(self.results.recv().map_err(|_| RootfsCopyError::Ended)??)
+    /// Waits for the pass begun last, as long as it may take.
+    pub(super) fn finish_pass(
+        &mut self,
+        window: &Window<'_>,
+    ) -> Result<(Summary, Duration), RootfsCopyError> {
+        loop {
+            match self.results.recv_timeout(LOOK) {
+                Ok(pass) => {
+                    self.busy = false;
+                    return Ok(pass?);
+                }
+                Err(RecvTimeoutError::Timeout) if window.over().is_none() => {}
+                // Its thread ends with the connection that it waits for.
+                Err(RecvTimeoutError::Timeout) => return Err(RootfsCopyError::GivenUp),
+                Err(RecvTimeoutError::Disconnected) => return Err(RootfsCopyError::Ended),
+            }
+        }
     }
 
     /// Whether the pass begun last is done, and how it went.

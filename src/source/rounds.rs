@@ -12,7 +12,7 @@ use super::handover::{Handover, mapped_files};
 use super::link::Link;
 use super::preflight::resident_bytes;
 use super::rootfs_copy::RootfsCopyError;
-use super::send::{FrameSink, PagesToSend, Progress, SendError};
+use super::send::{FrameSink, PagesToSend, Progress, SendError, Sender};
 use super::tracker::{Motion, SpaceScan, TrackError, TrackerKind};
 use crate::fault;
 use crate::memory::{PAGE_SIZE, PageSet, SpaceId};
@@ -27,7 +27,6 @@ use crate::migration::mode::{Mode, Switch};
 use crate::migration::report::{Prediction, RoundReport, Tracker as TrackerName};
 use crate::wire::message::RoundEnd;
 use std::sync::atomic::Ordering;
-use std::thread;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
@@ -157,8 +156,16 @@ impl<S: FrameSink> Handover<'_, S> {
             (self.emit)(Event::RoundFinished(report.clone()));
             done.push(report);
             fault::before("source", format_args!("Round"));
-            let Course::Freeze { why, switch } = verdict.course else {
-                continue;
+            let (why, switch) = match verdict.course {
+                Course::Continue => continue,
+                Course::Freeze { why, switch } => (why, switch),
+                Course::GiveUp => {
+                    self.because(format!(
+                        "not done within {:?} (--timeout): a freeze now would cost {:.1?} of downtime, and the limit is {:?}",
+                        limits.timeout, verdict.predicted.downtime, limits.downtime
+                    ));
+                    return Err(RoundsError::Interrupted(SourceEvent::Timeout));
+                }
             };
             if self.slow_instead(&verdict, &limits) {
                 since_slowed = measured.len();
@@ -268,42 +275,39 @@ impl<S: FrameSink> Handover<'_, S> {
         let pages = to_send.iter().map(|part| part.pages.pages()).sum();
         (self.emit)(Event::RoundStarted { round, pages });
         let progress = Progress::default();
-        // The sender works on a thread of its own, so the handover can be worked on meanwhile.
-        let mut sender = self
-            .sender
-            .take()
-            .ok_or_else(|| RoundsError::Prepare("the page streams are gone".into()))?;
-        let ((sent, took), interrupted) = thread::scope(|scope| {
-            let sending = scope.spawn(|| {
-                let start = Instant::now();
-                (sender.send(to_send, &progress), start.elapsed())
-            });
-            let mut interrupted = beside(self).err();
-            let mut told = Instant::now();
-            while !sending.is_finished() && interrupted.is_none() {
-                interrupted = self
+        let mut beside = Some(beside);
+        let mut interrupted = None;
+        let mut told = Instant::now();
+        let sending = |sender: &mut Sender<S>| {
+            let start = Instant::now();
+            (sender.send(to_send, &progress), start.elapsed())
+        };
+        let done = self.with_sender(&progress, sending, |handover| {
+            if let Some(beside) = beside.take() {
+                interrupted = beside(handover).err();
+            }
+            if interrupted.is_none() {
+                interrupted = handover
                     .interruption(Duration::from_millis(2))
                     .map(RoundsError::Interrupted);
-                if told.elapsed() > PROGRESS_PERIOD {
-                    told = Instant::now();
-                    (self.emit)(Event::RoundProgress {
-                        round,
-                        pages,
-                        pages_sent: progress.pages.load(Ordering::Relaxed),
-                        bytes_wire: progress.bytes_wire.load(Ordering::Relaxed),
-                    });
-                }
             }
-            if interrupted.is_some() {
-                progress.cancelled.store(true, Ordering::Relaxed);
+            if told.elapsed() > PROGRESS_PERIOD {
+                told = Instant::now();
+                (handover.emit)(Event::RoundProgress {
+                    round,
+                    pages,
+                    pages_sent: progress.pages.load(Ordering::Relaxed),
+                    bytes_wire: progress.bytes_wire.load(Ordering::Relaxed),
+                });
             }
-            let sent = sending
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            (sent, interrupted)
+            interrupted.is_some()
         });
-        let frames_per_stream = sender.frames();
-        self.sender = Some(sender);
+        let (sent, took) = done.map_err(|error| RoundsError::Prepare(error.to_string()))?;
+        // What was sent before anybody could look.
+        if let Some(beside) = beside {
+            interrupted = beside(self).err();
+        }
+        let frames_per_stream = self.sender.as_ref().map_or_else(Vec::new, Sender::frames);
         if let Some(interrupted) = interrupted {
             return Err(interrupted);
         }

@@ -69,6 +69,31 @@ pub enum RunError {
     /// The journal cannot be written.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// It was rolled back, and the container cannot be seen to go on.
+    #[error(
+        "the move was given up ({reason}), and {container} does not go on: {why}. It is tried on; try it now with: migrate recover --state-dir {state_dir}",
+        state_dir = .state_dir.display()
+    )]
+    StandsStill {
+        /// Which container.
+        container: String,
+        /// Where the engine's records are.
+        state_dir: std::path::PathBuf,
+        /// Why the move did not go on.
+        reason: String,
+        /// Why the container does not.
+        why: String,
+    },
+    /// There was nothing left to go on.
+    #[error(
+        "the move was given up ({reason}), and {container} has ended by itself meanwhile: nothing of it is at the target"
+    )]
+    Ended {
+        /// Which container.
+        container: String,
+        /// Why the move did not go on.
+        reason: String,
+    },
     /// Another file or the system fails us.
     #[error("{doing}: {source}")]
     System {
@@ -82,7 +107,13 @@ pub enum RunError {
 impl RunError {
     /// Whether the host or its peer is not fit for the move, as opposed to a failure of ours.
     fn is_refusal(&self) -> bool {
-        !matches!(self, RunError::Journal(_) | RunError::System { .. })
+        !matches!(
+            self,
+            RunError::Journal(_)
+                | RunError::System { .. }
+                | RunError::StandsStill { .. }
+                | RunError::Ended { .. }
+        )
     }
 }
 
@@ -263,8 +294,11 @@ fn move_container(
             done.map(|done| (guard, done))
         }
     };
+    // Kept to the end: a guard that finds the working directory there does all of it again.
+    let _guard;
     let (state, ended, timeline) = match begun {
-        Ok((_guard, done)) => {
+        Ok((guard, done)) => {
+            _guard = guard;
             let last = done.rounds.last().map_or(0, |round| round.round);
             emit(Event::Freezing {
                 why: done.why,
@@ -272,17 +306,31 @@ fn move_container(
                 switch: done.switch,
                 predicted: done.predicted,
             });
-            let switch = done.switch;
+            let (switch, expected) = (done.switch, done.predicted.downtime);
             report.take_rounds(done);
-            handover.hand_over(last, switch)
+            handover.hand_over(last, switch, expected)
         }
         Err(RoundsError::Interrupted(event)) => handover.give_up(event, String::new()),
         Err(error) => handover.give_up(SourceEvent::LocalFailure, error.to_string()),
     };
+    if let Some(why) = ended.stands_still {
+        return Err(RunError::StandsStill {
+            container: plan.container.to_string(),
+            state_dir: plan.state_dir.clone(),
+            reason: ended.reason.unwrap_or_default(),
+            why,
+        });
+    }
     if state.is_settled()
         && let Err(error) = remains::remove_work(&work_dir)
     {
         tracing::warn!(%error, path = %work_dir.display(), "cannot remove the working directory");
+    }
+    if ended.gone && state == SourceState::RolledBack {
+        return Err(RunError::Ended {
+            container: plan.container.to_string(),
+            reason: ended.reason.unwrap_or_default(),
+        });
     }
     let report = conclude(report, plan, state, ended, &timeline, began, emit);
     Ok(report)

@@ -3,6 +3,8 @@
 //! The journal says where the handover stood; the same table as in a running migration says what to do. Only the
 //! target's word settles a migration in which *commit* may have been sent: until then the container stays frozen.
 
+use super::dump_processes::DumpProcesses;
+use super::going_on;
 use super::link::{Link, LinkError};
 use super::plan::Plan;
 use super::remains::{self, LeftCopy};
@@ -38,6 +40,9 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a CRIU whose engine died may take to undo or finish its dump.
 const CRIU_PATIENCE: Duration = Duration::from_secs(20);
 
+/// After which a CRIU that should let go seems to wait for something.
+const SLOW: Duration = Duration::from_secs(2);
+
 /// Why a migration could not be settled.
 #[derive(Debug, Error)]
 pub enum SettleError {
@@ -71,6 +76,11 @@ pub enum Settled {
         patience: Duration,
         /// Some pages were sent meanwhile.
         served: bool,
+    },
+    /// It is to go on here, and cannot be seen to.
+    StandsStill {
+        /// Why.
+        reason: String,
     },
     /// The target has not said; the container stays frozen.
     Unknown {
@@ -227,12 +237,8 @@ pub fn settle(
         recovered.last,
         SourceRecord::RolledBack | SourceRecord::Closed
     ) {
-        let work_dir = Plan::work_dir(state_dir, migration);
-        let untidy = work_dir.exists();
-        if let Err(error) = remains::remove_work(&work_dir) {
-            tracing::warn!(%error, path = %work_dir.display(), "cannot remove the working directory");
-        }
-        if !untidy {
+        // It is removed last of all: while it is there, something was left to do.
+        if !Plan::work_dir(state_dir, migration).exists() {
             return Ok(Some(Settled::Already));
         }
     }
@@ -241,6 +247,7 @@ pub fn settle(
         recovered: &recovered,
         journal,
         reason: String::new(),
+        stands_still: None,
         served: false,
     };
     Ok(Some(recovery.run(patience)))
@@ -252,6 +259,7 @@ struct Recovery<'a> {
     recovered: &'a RecoveredSource,
     journal: Journal,
     reason: String,
+    stands_still: Option<String>,
     /// Owed pages were sent.
     served: bool,
 }
@@ -292,6 +300,9 @@ impl Recovery<'_> {
                 _ => {}
             }
         }
+        if let Some(reason) = self.stands_still {
+            return Settled::StandsStill { reason };
+        }
         let settled = match course.state() {
             SourceState::Committed => Settled::Committed,
             SourceState::RolledBack => Settled::RolledBack,
@@ -330,7 +341,10 @@ impl Recovery<'_> {
             SourceAction::ResumeContainer => {
                 // On record first: a hook that still holds the dump reads it and makes CRIU let go.
                 self.write(&Record::RolledBack);
-                self.wait_for_dump();
+                self.wait_for_dump(|| {
+                    // Perhaps for that: CRIU cannot take hold of some tasks while they are frozen.
+                    self.tidy("thaw the container", self.freezer().thaw());
+                });
                 if self.same_boot() {
                     let opened = &self.recovered.opened;
                     let went_on = remains::let_go_on(
@@ -340,6 +354,8 @@ impl Recovery<'_> {
                         opened.init.pid,
                     );
                     self.tidy("let the container go on", went_on);
+                    let goes_on = going_on::make_sure(&self.freezer(), self.dump().as_ref());
+                    self.stands_still = goes_on.err().map(|error| error.to_string());
                 }
                 None
             }
@@ -349,7 +365,7 @@ impl Recovery<'_> {
                         "kill the frozen copy",
                         remains::kill_frozen(&self.freezer()),
                     );
-                    self.wait_for_dump();
+                    self.wait_for_dump(|| {});
                     let opened = &self.recovered.opened;
                     let copy = LeftCopy {
                         runc: &Runc::new(&opened.runtime_root),
@@ -428,22 +444,39 @@ impl Recovery<'_> {
         })
     }
 
-    /// Waits for the dump that the dead engine started, and kills what does not end.
-    fn wait_for_dump(&self) {
-        let deadline = Instant::now() + CRIU_PATIENCE;
-        for leftover in &self.recovered.leftovers {
-            let Leftover::Process { what, process } = leftover else {
-                continue;
-            };
-            let task = Task::on_record(process.pid, process.start_time);
-            while self.same_boot() && task.exists() && Instant::now() < deadline {
-                thread::sleep(Duration::from_millis(5));
+    /// The processes of the dump that the dead engine started.
+    fn dump(&self) -> Option<DumpProcesses> {
+        let runtime = self
+            .recovered
+            .leftovers
+            .iter()
+            .find_map(|leftover| match leftover {
+                Leftover::Process { process, .. } => {
+                    Some(Task::on_record(process.pid, process.start_time))
+                }
+                _ => None,
+            })?;
+        self.same_boot()
+            .then(|| DumpProcesses::new(runtime, &self.recovered.opened.work_dir))
+    }
+
+    /// Waits for the dump that the dead engine started; `when_slow` is done once it takes long, and what does not end is
+    /// killed.
+    fn wait_for_dump(&self, when_slow: impl FnOnce()) {
+        let Some(dump) = self.dump() else { return };
+        let began = Instant::now();
+        let mut when_slow = Some(when_slow);
+        while !dump.living().is_empty() {
+            if began.elapsed() > CRIU_PATIENCE {
+                dump.kill();
+                return;
             }
-            if self.same_boot() && task.exists() {
-                tracing::warn!(what, pid = process.pid, "still there: killed");
-                let pid = nix::unistd::Pid::from_raw(process.pid);
-                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            if began.elapsed() > SLOW
+                && let Some(when_slow) = when_slow.take()
+            {
+                when_slow();
             }
+            thread::sleep(Duration::from_millis(5));
         }
     }
 

@@ -58,7 +58,7 @@ peer_errors! {
     3 NoCommonVersion "there is no protocol version that both hosts speak"
     4 Corrupt "content arrived that does not match its hash"
     5 TimedOut "the peer waited too long"
-    6 Cancelled "the user stopped the migration"
+    6 Cancelled "the peer does not want the rest"
     7 Internal "the peer met a failure of its own; its log says which"
     // 100–199: refusals, before anything is frozen.
     100 Draining "the target is shutting down and takes no new migrations"

@@ -5,6 +5,7 @@
 
 mod at_commit;
 mod before_commit;
+mod frozen;
 mod post_copy;
 mod refusal;
 mod slowed;

@@ -1,14 +1,22 @@
 //! The two ends at the source: the frozen copy dies, or the container goes on.
 
-use super::{ABORT_PATIENCE, CRIU_PATIENCE, Handover, Signal};
+use super::{ABORT_PATIENCE, CRIU_PATIENCE, Handover, Signal, in_time};
 use crate::migration::phase::Mark;
 use crate::runtime::runc::Container;
-use crate::source::dump::DumpSignal;
+use crate::runtime::stopped::stop_again;
+use crate::source::dump::{Dump, DumpSignal};
+use crate::source::going_on::{self, GoesOn};
 use crate::source::remains::{self, LeftCopy};
 use crate::source::send::FrameSink;
 use crate::wire::message::{self, Message};
 use crate::wire::peer_error::PeerError;
 use std::time::{Duration, Instant};
+
+/// How long a CRIU that should let go may do nothing before the container is thawed around it.
+const THAW_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long it may do nothing, thawed, before it is killed.
+const STUCK_PATIENCE: Duration = Duration::from_secs(5);
 
 impl<S: FrameSink> Handover<'_, S> {
     pub(super) fn destroy_frozen_copy(&mut self) {
@@ -42,27 +50,7 @@ impl<S: FrameSink> Handover<'_, S> {
     pub(super) fn resume_container(&mut self) {
         // Tracking costs the container a fault per written page; it is over.
         self.tracker = None;
-        let deadline = Instant::now() + CRIU_PATIENCE;
-        if let Some(dump) = &mut self.dump {
-            dump.call_off();
-            loop {
-                if let Some(hold) = self.hold.take() {
-                    let _ = hold.refuse();
-                }
-                if !matches!(dump.ended(), Ok(None)) {
-                    break;
-                }
-                if Instant::now() > deadline {
-                    let _ = dump.wait(Duration::ZERO);
-                    break;
-                }
-                if let Ok(Signal::Dump(DumpSignal::Held(hook))) =
-                    self.signals.recv_timeout(Duration::from_millis(1))
-                {
-                    self.hold = Some(hook);
-                }
-            }
-        }
+        self.end_dump();
         if let Some(frozen) = self.frozen.take() {
             frozen.give_away();
         }
@@ -72,12 +60,70 @@ impl<S: FrameSink> Handover<'_, S> {
             init_pid,
             ..
         } = self.container;
-        if let Err(error) = remains::let_go_on(self.runc, id, freezer, *init_pid) {
-            tracing::error!(%error, "the container goes on, but not as it was");
-            self.ended.untidy.get_or_insert(error.to_string());
+        if self.is_ours_to_thaw() {
+            stop_again(&self.stopped);
+            if let Err(error) = remains::let_go_on(self.runc, id, freezer, *init_pid) {
+                tracing::error!(%error, "the container goes on, but not as it was");
+                self.ended.untidy.get_or_insert(error.to_string());
+            }
+            let dump = self.dump.as_ref().map(Dump::processes);
+            match going_on::make_sure(freezer, dump) {
+                Ok(GoesOn::Yes) => {}
+                Ok(GoesOn::Ended) => self.ended.gone = true,
+                Err(error) => {
+                    tracing::error!(%error, "the container does not go on");
+                    self.ended.stands_still = Some(error.to_string());
+                }
+            }
+        } else {
+            self.ended.gone = going_on::has_ended(freezer);
         }
         if self.timeline.at(Mark::FreezeBegan).is_some() {
             self.mark(Mark::Resumed);
+        }
+    }
+
+    /// Whether it is frozen by us: what its user paused stays paused.
+    fn is_ours_to_thaw(&self) -> bool {
+        !self.paused && self.timeline.at(Mark::FreezeBegan).is_some()
+    }
+
+    /// Has CRIU let go of what it holds: by the answer of its hooks, or if it does not get on, by a thaw that may be what it
+    /// waits for, and in the end by force. Forced in the middle of its work it may leave connections in repair mode.
+    fn end_dump(&mut self) {
+        let thaws = self.is_ours_to_thaw();
+        let Some(dump) = &mut self.dump else { return };
+        dump.call_off();
+        let began = Instant::now();
+        let (mut progress, mut moved) = (dump.progress(), began);
+        let mut killed = false;
+        loop {
+            if let Some(hold) = self.hold.take() {
+                let _ = hold.refuse();
+            }
+            // A runtime that was killed leaves a CRIU that goes on with its dump.
+            if !matches!(dump.ended(), Ok(None)) && dump.processes().living().is_empty() {
+                return;
+            }
+            if dump.progress() != progress {
+                (progress, moved) = (dump.progress(), Instant::now());
+            }
+            if thaws && moved.elapsed() > THAW_PATIENCE {
+                let _ = self.container.freezer.thaw();
+            }
+            if moved.elapsed() > STUCK_PATIENCE || began.elapsed() > CRIU_PATIENCE {
+                if killed {
+                    tracing::error!("the dump was killed and does not die");
+                    return;
+                }
+                dump.processes().kill();
+                (killed, moved) = (true, Instant::now());
+            }
+            if let Ok(Signal::Dump(DumpSignal::Held(hook))) =
+                self.signals.recv_timeout(Duration::from_millis(1))
+            {
+                self.hold = Some(hook);
+            }
         }
     }
 
@@ -88,7 +134,7 @@ impl<S: FrameSink> Handover<'_, S> {
             code: PeerError::SourceAborted,
             text: reason.as_str().into(),
         };
-        if link.say(abort).is_err() {
+        if link.say_within(abort, &in_time(ABORT_PATIENCE)).is_err() {
             return;
         }
         let deadline = Instant::now() + ABORT_PATIENCE;

@@ -16,7 +16,9 @@ use crate::migration::event::Event;
 use crate::migration::handoff::{SourceEvent, SourceState};
 use crate::migration::phase::Mark;
 use crate::migration::report::{DumpKind, RoundReport, Sent};
-use crate::runtime::Task;
+use crate::runtime::stopped::make_seizable;
+use crate::runtime::{FreezeError, Task};
+use crate::source::going_on::{traced_by, tracer_of};
 use crate::source::preflight;
 use crate::source::residue::{residue, take_lazy};
 use crate::source::rootfs::FileId;
@@ -32,7 +34,14 @@ impl<S: FrameSink> Handover<'_, S> {
     pub(super) fn freeze(&mut self) -> Option<SourceEvent> {
         self.mark(Mark::FreezeBegan);
         let start = Instant::now();
-        Some(match self.container.freezer.freeze(FREEZE_PATIENCE) {
+        let window = self.window;
+        let freezer = &self.container.freezer;
+        self.paused = freezer.is_frozen().unwrap_or(false);
+        let frozen = match self.paused {
+            true => Err(FreezeError::Paused),
+            false => freezer.freeze(FREEZE_PATIENCE, || window.over().is_some()),
+        };
+        Some(match frozen {
             Ok(frozen) => {
                 self.frozen = Some(frozen);
                 self.mark(Mark::Frozen);
@@ -40,6 +49,10 @@ impl<S: FrameSink> Handover<'_, S> {
                     duration: start.elapsed(),
                 });
                 SourceEvent::CgroupFrozen
+            }
+            Err(FreezeError::CalledOff) => {
+                let wanted = self.heard_cancel().or_else(|| self.stood_still_too_long());
+                wanted.unwrap_or(SourceEvent::FreezeFailed)
             }
             Err(error) => {
                 self.because(error.to_string());
@@ -61,6 +74,12 @@ impl<S: FrameSink> Handover<'_, S> {
             );
         }
         let tasks = self.container.tasks().map_err(|error| text(&error))?;
+        for task in tasks.iter().filter(|task| !task.zombie) {
+            if let Some(tracer) = tracer_of(task.pid) {
+                return Err(traced_by(task.vpid, &self.container.id, tracer));
+            }
+        }
+        self.stopped = make_seizable(&self.container.freezer, &tasks);
         // Before CRIU may look: once it has taken hold of a thread, the call the thread waited in is no longer to be seen.
         let mut time_left = BTreeMap::new();
         for task in tasks.iter().filter(|task| !task.zombie) {
@@ -77,7 +96,7 @@ impl<S: FrameSink> Handover<'_, S> {
             let spaces = Bystander.scan(&tasks, Motion::Frozen);
             let spaces = spaces.map_err(|error| text(&error))?;
             let claims: Vec<Claim> = spaces.iter().map(claim).collect();
-            self.let_dump_look(&claims)?;
+            self.let_dump_look(claims)?;
         }
         if let Some(tracker) = &mut self.tracker {
             self.scans = tracker
@@ -91,7 +110,7 @@ impl<S: FrameSink> Handover<'_, S> {
         }
         if !side_by_side {
             let claims: Vec<Claim> = self.scans.iter().map(claim).collect();
-            self.let_dump_look(&claims)?;
+            self.let_dump_look(claims)?;
         }
         self.ended.memory_bytes = resident_bytes(&tasks);
         let mut to_send = Vec::with_capacity(self.scans.len());
@@ -135,12 +154,10 @@ impl<S: FrameSink> Handover<'_, S> {
                 pages,
             });
         }
-        let sent = self
-            .pages()?
-            .send(&to_send, &Progress::default())
-            .map_err(|error| text(&error))?;
+        let sent = self.send_in_window(&to_send)?;
         if let Some(rootfs) = &mut self.rootfs {
-            let (summary, duration) = rootfs.finish_pass().map_err(|error| text(&error))?;
+            let pass = rootfs.finish_pass(&self.window);
+            let (summary, duration) = pass.map_err(|error| text(&error))?;
             (self.emit)(rootfs.event(summary, true, duration));
             // Not the container, which is frozen. What arrived is no state that its files ever had.
             if summary.skipped > 0 {
@@ -160,11 +177,25 @@ impl<S: FrameSink> Handover<'_, S> {
     }
 
     /// Tells CRIU what the target has a copy of, and lets it begin.
-    pub(super) fn let_dump_look(&self, claims: &[Claim]) -> Result<(), String> {
+    pub(super) fn let_dump_look(&self, claims: Vec<Claim>) -> Result<(), String> {
         match &self.dump {
-            Some(dump) => dump.let_look(claims).map_err(|error| error.to_string()),
+            Some(dump) => dump
+                .let_look(claims, &self.window)
+                .map_err(|error| error.to_string()),
             None => Ok(()),
         }
+    }
+
+    /// Sends pages as long as the container may stand still for it.
+    fn send_in_window(&mut self, pages: &[PagesToSend]) -> Result<Sent, String> {
+        let progress = Progress::default();
+        let sent = self.with_sender(
+            &progress,
+            |sender| sender.send(pages, &progress),
+            |handover| handover.window.over().is_some(),
+        );
+        sent.map_err(|error| error.to_string())?
+            .map_err(|error| error.to_string())
     }
 
     /// The dump is held and nothing of the delta is under way any more.
@@ -182,7 +213,11 @@ impl<S: FrameSink> Handover<'_, S> {
         if let Some(frozen) = self.frozen.take() {
             frozen.give_away();
         }
-        let frozen = self.container.freezer.freeze(FREEZE_PATIENCE);
+        let window = self.window;
+        let frozen = self
+            .container
+            .freezer
+            .freeze(FREEZE_PATIENCE, || window.over().is_some());
         self.frozen = Some(frozen.map_err(|error| error.to_string())?);
         // A task that CRIU let go of in between has run: what was sent is not what it holds now.
         let tasks = self.container.tasks().map_err(|error| error.to_string())?;
@@ -239,14 +274,16 @@ impl<S: FrameSink> Handover<'_, S> {
                 });
             }
         }
-        let sent = self
-            .pages()?
-            .send(&to_send, &Progress::default())
-            .map_err(|error| text(&error))?;
+        let sent = self.send_in_window(&to_send)?;
         self.add_to_delta(sent, start.elapsed());
-        self.pages()?
-            .owe(&owed_spaces(&owed))
-            .map_err(|error| text(&error))?;
+        let spaces = owed_spaces(&owed);
+        self.with_sender(
+            &Progress::default(),
+            |sender| sender.owe(&spaces),
+            |handover| handover.window.over().is_some(),
+        )
+        .map_err(|error| text(&error))?
+        .map_err(|error| text(&error))?;
         let owed_pages = owed.iter().map(|owed| owed.pages.pages()).sum();
         self.owed = owed;
         self.owing = self.take_down_owing();
@@ -274,9 +311,10 @@ impl<S: FrameSink> Handover<'_, S> {
             .link
             .as_mut()
             .ok_or("the connection to the target is gone")?;
-        link.say(manifest).map_err(|error| text(&error))?;
+        link.say_within(manifest, &self.window)
+            .map_err(|error| text(&error))?;
         let bytes_images = link
-            .send_files(&images, &names)
+            .send_files(&images, &names, &self.window)
             .map_err(|error| text(&error))?;
         self.start_service()?;
         self.mark(Mark::ImagesSent);
