@@ -179,7 +179,10 @@ impl Drop for UnderWay {
 /// Takes dead threads out of the way of an exec. It waits until its thread's siblings are gone, and seized ones are gone only
 /// when they have been reaped; seizing waits for the exec, so the tracing thread cannot do it.
 fn reap(seized: &Mutex<Vec<i32>>) {
-    let seized = seized.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let seized = seized
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone();
     for tid in seized {
         // A tracee's stop would be taken by any wait for it, so that it is only looked at first.
         let Err(StopError::Exited { .. }) = wait(tid, libc::WNOHANG) else {
