@@ -496,7 +496,7 @@ fn a_process_whose_threads_exec_all_the_time_neither_hangs_nor_holds_up_the_engi
             let last = line
                 .split(|byte| *byte == 0)
                 .filter(|word| !word.is_empty());
-            let last = String::from_utf8(last.last().unwrap_or_default().to_vec()).unwrap();
+            let last = String::from_utf8(last.next_back().unwrap_or_default().to_vec()).unwrap();
             last.parse::<u64>().unwrap_or(0)
         };
         let mut tracker = opened(kind);

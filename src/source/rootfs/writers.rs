@@ -168,10 +168,10 @@ fn times_tell(root: BorrowedFd<'_>) -> bool {
     let tells = |kind: i64| STAMPED_BY_STORES.contains(&kind);
     match fstatfs(root) {
         // What is written lies in the upper directory.
-        Ok(stat) if stat.f_type as i64 == OVERLAY => upper_directory(root)
+        Ok(stat) if stat.f_type == OVERLAY => upper_directory(root)
             .and_then(|upper| statfs(&upper).ok())
-            .is_some_and(|stat| tells(stat.f_type as i64)),
-        Ok(stat) => tells(stat.f_type as i64),
+            .is_some_and(|stat| tells(stat.f_type)),
+        Ok(stat) => tells(stat.f_type),
         Err(_) => false,
     }
 }
