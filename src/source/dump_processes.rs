@@ -50,6 +50,14 @@ impl DumpProcesses {
         !living.is_empty()
     }
 
+    /// Continues what somebody has stopped of them. CRIU alone can let go of a task that it has changed in part: killed then, it
+    /// takes the task with it.
+    pub fn wake(&self) {
+        for task in self.living() {
+            let _ = kill(Pid::from_raw(task.pid), Signal::SIGCONT);
+        }
+    }
+
     fn is_ours(&self, task: &Task) -> bool {
         if task.pid == self.runtime.pid {
             return task.start_time == self.runtime.start_time;

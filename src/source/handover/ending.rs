@@ -108,6 +108,9 @@ impl<S: FrameSink> Handover<'_, S> {
             if dump.progress() != progress {
                 (progress, moved) = (dump.progress(), Instant::now());
             }
+            if moved.elapsed() > THAW_PATIENCE {
+                dump.processes().wake();
+            }
             if thaws && moved.elapsed() > THAW_PATIENCE {
                 let _ = self.container.freezer.thaw();
             }
