@@ -348,9 +348,9 @@ fn a_flood_of_strangers_costs_next_to_no_memory_and_a_trusted_host_is_answered()
     Ok(())
 }
 
-/// The figures of docs/strangers.md: cargo test --release --test hostile -- --ignored --nocapture measured
+/// The figures of docs/strangers.md: cargo test --release --features measure --test hostile -- --nocapture measured
 #[test]
-#[ignore = "a measurement"]
+#[cfg(feature = "measure")]
 fn measured_under_ten_thousand_first_flights_a_second() -> Result<()> {
     let scene = Scene::new()?;
     let runtime = tokio::runtime::Runtime::new()?;

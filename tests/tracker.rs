@@ -493,10 +493,10 @@ fn a_process_whose_threads_exec_all_the_time_neither_hangs_nor_holds_up_the_engi
         let process = Commanded::start_program(&freezer, Name::Thief, ["exec".as_ref()]);
         let round = || {
             let line = std::fs::read(format!("/proc/{}/cmdline", process.pid())).unwrap();
-            let last = line
+            let mut words = line
                 .split(|byte| *byte == 0)
                 .filter(|word| !word.is_empty());
-            let last = String::from_utf8(last.next_back().unwrap_or_default().to_vec()).unwrap();
+            let last = String::from_utf8(words.next_back().unwrap_or_default().to_vec()).unwrap();
             last.parse::<u64>().unwrap_or(0)
         };
         let mut tracker = opened(kind);
@@ -515,9 +515,9 @@ fn a_process_whose_threads_exec_all_the_time_neither_hangs_nor_holds_up_the_engi
     });
 }
 
-/// The figures of docs/kernels.md: cargo test --test tracker -- --ignored --nocapture measured
+/// The figures of docs/kernels.md: cargo test --features measure --test tracker -- --nocapture measured
 #[test]
-#[ignore = "a measurement"]
+#[cfg(feature = "measure")]
 fn measured_standstill_of_an_attach() {
     for processes in [0, 10, 100, 1000] {
         let freezer = Freezer::new("standstill");

@@ -73,9 +73,14 @@ impl Task {
 
     /// Sends SIGKILL to this very process, never to a later one with its pid. One that is gone is no error.
     pub fn kill(&self) -> Result<(), PidfdError> {
+        self.signal(Signal::SIGKILL)
+    }
+
+    /// The same with another signal.
+    pub fn signal(&self, signal: Signal) -> Result<(), PidfdError> {
         match Pidfd::open(self.pid) {
             // The descriptor is of this process if the pid was still its own after it was opened.
-            Ok(process) if self.exists() => match process.send_signal(Signal::SIGKILL) {
+            Ok(process) if self.exists() => match process.send_signal(signal) {
                 Err(PidfdError::Exited { .. }) => Ok(()),
                 sent => sent,
             },

@@ -5,6 +5,7 @@
 //! the migration's and below which nobody else has a reason to be.
 
 use crate::runtime::Task;
+use nix::sys::signal::Signal;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -52,7 +53,7 @@ impl DumpProcesses {
     /// takes the task with it.
     pub fn wake(&self) {
         for task in self.living() {
-            let _ = kill(Pid::from_raw(task.pid), Signal::SIGCONT);
+            let _ = task.signal(Signal::SIGCONT);
         }
     }
 
