@@ -18,6 +18,7 @@ use migrate::kernel::maps::VmaKind;
 use migrate::kernel::ptrace::{StopError, living_threads};
 use migrate::kernel::userfaultfd::WriteTracker;
 use migrate::memory::{PageNumber, PageRange, PageSet, VirtAddr};
+#[cfg(feature = "measure")]
 use migrate::runtime::threads_of_cgroup;
 use migrate::source::tracker::{Motion, TrackerKind, Untracked, is_tracked};
 use nix::sys::signal::{Signal, kill};
