@@ -135,3 +135,21 @@ fn carry_out(scenario: &Scenario) -> Found {
         ..Found::default()
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A few of the moves that `scripts/chaos` makes by the thousand: a process killed, one stopped, the link cut, a host restarted.
+    const SEEDS: [u64; 4] = [3, 5, 8, 13];
+
+    #[test]
+    fn moves_while_things_go_wrong_end_with_one_right_copy() {
+        trial::rehearse().expect("this machine can stall and restart a test host");
+        for seed in SEEDS {
+            let scenario = Scenario::new(seed);
+            let found = carry_out(&scenario);
+            assert!(found.is_good(), "{scenario:?} {found:?}");
+        }
+    }
+}

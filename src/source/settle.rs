@@ -523,7 +523,7 @@ impl Recovery<'_> {
                 self.write(&Record::RolledBack);
                 self.wait_for_dump(|| {
                     // Perhaps for that: CRIU cannot take hold of some tasks while they are frozen.
-                    if self.may_touch() {
+                    if self.may_touch() && self.was_frozen() {
                         let thawed = remains::thaw(&self.freezer(), &self.instance);
                         self.tidy("thaw the container", thawed);
                     }
