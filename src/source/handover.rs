@@ -196,8 +196,6 @@ pub struct Ended {
     pub untidy: Option<String>,
     /// Why the container could not be seen to go on, though it should.
     pub stands_still: Option<String>,
-    /// The container ended by itself before it could go on.
-    pub gone: bool,
 }
 
 impl<'a, S: FrameSink> Handover<'a, S> {

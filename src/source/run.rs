@@ -113,16 +113,6 @@ pub enum RunError {
         /// Why the container does not.
         why: String,
     },
-    /// There was nothing left to go on.
-    #[error(
-        "the move was given up ({reason}), and {container} has ended by itself meanwhile: nothing of it is at the target"
-    )]
-    Ended {
-        /// Which container.
-        container: String,
-        /// Why the move did not go on.
-        reason: String,
-    },
     /// Another file or the system fails us.
     #[error("{doing}: {source}")]
     System {
@@ -142,7 +132,6 @@ impl RunError {
                 | RunError::System { .. }
                 | RunError::Lock(LockError::File { .. })
                 | RunError::StandsStill { .. }
-                | RunError::Ended { .. }
                 | RunError::Proof(ProofError::Record { .. })
         )
     }
@@ -376,12 +365,6 @@ fn move_container(
         && let Some(lock) = &mut lock
     {
         lock.is_over();
-    }
-    if ended.gone && state == SourceState::RolledBack {
-        return Err(RunError::Ended {
-            container: plan.container.to_string(),
-            reason: ended.reason.unwrap_or_default(),
-        });
     }
     let report = conclude(report, plan, state, ended, &timeline, began, emit);
     Ok(report)

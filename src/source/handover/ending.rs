@@ -2,6 +2,7 @@
 
 use super::{ABORT_PATIENCE, CRIU_PATIENCE, Handover, Signal, in_time};
 use crate::migration::phase::Mark;
+use crate::migration::report::StaysAs;
 use crate::runtime::runc::Container;
 use crate::runtime::stopped::stop_again;
 use crate::source::dump::{Dump, DumpSignal};
@@ -74,14 +75,17 @@ impl<S: FrameSink> Handover<'_, S> {
             let dump = self.dump.as_ref().map(Dump::processes);
             match going_on::make_sure(freezer, instance, dump) {
                 Ok(GoesOn::Yes) => {}
-                Ok(GoesOn::Ended) => self.ended.gone = true,
+                Ok(GoesOn::Ended) => self.ended.stays = StaysAs::Ended,
                 Err(error) => {
                     tracing::error!(%error, "the container does not go on");
                     self.ended.stands_still = Some(error.to_string());
                 }
             }
         } else {
-            self.ended.gone = going_on::has_ended(freezer);
+            self.ended.stays = match going_on::has_ended(freezer) {
+                true => StaysAs::Ended,
+                false => StaysAs::Paused,
+            };
         }
         // A container whose copy ran stood still until then.
         if self.timeline.at(Mark::Committed).is_none() {
