@@ -58,7 +58,9 @@ fn a_container_paused_during_the_rounds_stays_paused_where_it_is() -> Result<()>
     moving.kill()?;
     let rolled_back = || -> Result<bool> {
         let journals = a.run("sh", ["-c", "cat /var/lib/migrate/journal/*source*"])?;
-        Ok(journals.matches("\"rolled_back\"").count() == 2)
+        // The working directory goes last of all.
+        let over = a.run("ls", ["/var/lib/migrate/work"])?.is_empty();
+        Ok(journals.matches("\"rolled_back\"").count() >= 2 && over)
     };
     let deadline = Instant::now() + LIMIT;
     while !rolled_back()? {
