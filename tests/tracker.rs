@@ -175,7 +175,9 @@ fn what_khugepaged_makes_of_frozen_memory_is_not_what_was_there_before() {
                     &format!("{block:x}"),
                 ])
                 .status();
-            assert!(collapsed.unwrap().success(), "not collapsed");
+            // What is new at the freeze is registered then, to see whether another has it: khugepaged is kept away from it, too.
+            let may_collapse = kind == TrackerKind::SoftDirty;
+            assert_eq!(collapsed.unwrap().success(), may_collapse);
             mirror.compare();
             freezer.thaw();
         }
@@ -387,11 +389,11 @@ fn what_came_to_be_mapped_before_the_freeze_is_left_to_the_last_scan() {
         tracker.scan(&tasks(), Motion::Running).unwrap();
         let block = dirtier.address("fill 4 0");
         freezer.freeze();
-        for _ in 0..2 {
-            let scan = tracker.scan(&tasks(), Motion::Frozen).unwrap().remove(0);
-            assert_eq!(in_block(&scan.dirty, block, 1024).pages(), 1024);
-            assert_eq!(in_block(&scan.unwatched, block, 1024).pages(), 1024);
-        }
+        let scan = tracker.scan(&tasks(), Motion::Frozen).unwrap().remove(0);
+        assert_eq!(in_block(&scan.dirty, block, 1024).pages(), 1024);
+        assert_eq!(in_block(&scan.unwatched, block, 1024).pages(), 1024);
+        let scan = tracker.scan(&tasks(), Motion::Frozen).unwrap().remove(0);
+        assert_eq!(in_block(&scan.dirty, block, 1024).pages(), 1024);
         freezer.thaw();
     });
 }
