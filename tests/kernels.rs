@@ -71,7 +71,7 @@ fn compile_programs() -> Result<PathBuf> {
     }
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest-programs");
     fs::create_dir_all(&directory)?;
-    for name in ["dirtier", "recorder"] {
+    for name in ["dirtier", "recorder", "thief"] {
         let source = format!("{}/tests/programs/{name}.c", env!("CARGO_MANIFEST_DIR"));
         let status = Command::new("cc")
             .args(["-O1", "-pthread", "-o"])
