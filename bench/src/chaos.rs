@@ -140,8 +140,8 @@ fn carry_out(scenario: &Scenario) -> Found {
 mod tests {
     use super::*;
 
-    /// A few of the moves that `scripts/chaos` makes by the thousand: a process killed, one stopped, the link cut, a host restarted.
-    const SEEDS: [u64; 4] = [3, 5, 8, 13];
+    /// Two of the moves that `scripts/chaos` makes by the thousand: a process stopped, another killed; the link cut.
+    const SEEDS: [u64; 2] = [1, 2];
 
     #[test]
     fn moves_while_things_go_wrong_end_with_one_right_copy() {
