@@ -140,8 +140,9 @@ fn carry_out(scenario: &Scenario) -> Found {
 mod tests {
     use super::*;
 
-    /// Two of the moves that `scripts/chaos` makes by the thousand: a process stopped, another killed; the link cut.
-    const SEEDS: [u64; 2] = [1, 2];
+    /// Some of the moves that `scripts/chaos` makes by the thousand: a guard stopped, a runtime killed; the link cut; CRIU killed while
+    /// the copy is released.
+    const SEEDS: [u64; 3] = [1, 2, 3];
 
     #[test]
     fn moves_while_things_go_wrong_end_with_one_right_copy() {

@@ -6,7 +6,7 @@
 
 use super::freezer::{Freezer, is_gone};
 use super::instance::inode_of;
-use super::pids_of_cgroup;
+use super::{pids_of_cgroup, tasks_of_cgroup};
 use crate::kernel::pidfd::Pidfd;
 use crate::migration::journal::MadeCgroup;
 use nix::sys::signal::Signal;
@@ -109,6 +109,20 @@ impl MadeCgroup {
                 Err(_) => thread::sleep(Duration::from_millis(5)),
                 Ok(()) => return Ok(()),
             }
+        }
+    }
+
+    /// Whether a process lives in it or below. Another of its path says nothing about it.
+    pub fn is_in_use(&self) -> io::Result<bool> {
+        let Some(inode) = self.inode else {
+            return Ok(false);
+        };
+        let Some(pinned) = Freezer::V1(self.path.clone()).pinned(inode)? else {
+            return Ok(false);
+        };
+        match tasks_of_cgroup(pinned.freezer.path()) {
+            Err(error) if is_gone(&error) => Ok(false),
+            tasks => Ok(tasks?.iter().any(|task| !task.zombie)),
         }
     }
 

@@ -120,6 +120,8 @@ pub enum Found {
     NeverRan,
     /// It is gone and may have run.
     Gone,
+    /// It runs, and its runtime, whose restore failed after the release, knows nothing of it: nobody could ever stop it.
+    Forgotten,
 }
 
 impl Copy<'_> {
@@ -177,8 +179,25 @@ impl Copy<'_> {
         match (runs, hook::may_have_run(self.work)) {
             (true, true) => Found::Running,
             (_, false) => Found::NeverRan,
+            (false, true) if self.is_forgotten() => Found::Forgotten,
             (false, true) => Found::Gone,
         }
+    }
+
+    /// Whether processes live in the cgroups that were made for the copy. What cannot be looked at may be in use.
+    fn is_forgotten(&self) -> bool {
+        let mut made = self.made.cgroups.iter();
+        made.any(|cgroup| cgroup.is_in_use().unwrap_or(true))
+    }
+
+    /// Kills a copy that its runtime has forgotten. Whether none of it runs any more.
+    pub fn kill_forgotten(&self) -> bool {
+        for cgroup in &self.made.cgroups {
+            if let Err(error) = cgroup.remove(PATIENCE) {
+                tracing::error!(container = self.id, %error, path = %cgroup.path.display(), "a copy that its runtime has forgotten does not end");
+            }
+        }
+        !self.is_forgotten()
     }
 
     /// Kills every process of the copy: stopped is better than wrong. Whether none runs any more.

@@ -394,6 +394,15 @@ impl Recovery<'_> {
                     (true, Found::Running) => TargetEvent::FoundRunning,
                     (true, Found::NeverRan) => TargetEvent::FoundNeverRan,
                     (true, Found::Gone) => TargetEvent::FoundGone,
+                    (true, Found::Forgotten) if self.copy().kill_forgotten() => {
+                        TargetEvent::FoundLost
+                    }
+                    (true, Found::Forgotten) => {
+                        self.reason =
+                            "processes of a copy that its runtime has forgotten do not end".into();
+                        thread::sleep(PAUSE);
+                        TargetEvent::LocalFailure
+                    }
                     // After a restart the mark proves nothing: it may not have reached the disk.
                     (false, _) => TargetEvent::FoundLost,
                 })

@@ -382,6 +382,12 @@ impl Arrival<'_> {
             Found::Running => TargetEvent::FoundRunning,
             Found::NeverRan => TargetEvent::FoundNeverRan,
             Found::Gone => TargetEvent::FoundGone,
+            // The source still has it, as it was at the switch.
+            Found::Forgotten if self.copy().kill_forgotten() => TargetEvent::FoundLost,
+            Found::Forgotten => {
+                thread::sleep(DISCARD_PAUSE);
+                TargetEvent::LocalFailure
+            }
         }
     }
 
